@@ -1,0 +1,223 @@
+"""From lazy tensors to arrays in the form that is kept: cast, quantised, checked for NaN, in pieces that hold little memory.
+
+Every wrapper is a LazyTensor again, so that a shard of it reads only what it needs. A result is filled piece by piece: beside
+it a read holds about CHUNK_BYTES of float32, never the whole tensor.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from convert.errors import NonFiniteWeightError
+from convert.readers.base import LazyTensor, PackedFormat, Shard, cover_columns, dtype_named, row_chunks, shard_shape
+from pallas_kernels import qtensor
+from pallas_kernels.errors import QuantizationError
+from pallas_kernels.qtensor import ActivationQuant, QTensor
+from sharding.partition import Units
+
+type Progress = Callable[[int, int, str], None]  # done bytes, total bytes, name of what was just done
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """How weights are quantised by rounding to the nearest level.
+
+    format: int8 or int4. group: inputs per scale, None for one per output channel (int8 only). symmetric: False stores a
+    minimum per group (int4 only). activation: how inputs are quantised in matmuls, or None. Raises QuantizationError for what
+    does not exist.
+    """
+
+    format: str
+    group: int | None = None
+    symmetric: bool = True
+    activation: ActivationQuant | None = None
+
+    def __post_init__(self):
+        qtensor.check_format(self.format, self.group, self.symmetric)
+
+
+def check_finite(array: np.ndarray, name: str) -> np.ndarray:
+    """`array` itself. Raises NonFiniteWeightError, with the tensor's name, for NaN or infinity in it; integers pass."""
+    if _is_float(array.dtype) and array.size and not _finite(array):
+        bad = ~np.isfinite(array.astype(np.float32))
+        raise NonFiniteWeightError(
+            f"{name} holds {int(bad.sum())} NaN or infinite values among {array.size}; the checkpoint is damaged: get it again"
+        )
+    return array
+
+
+def _is_float(dtype: np.dtype) -> bool:
+    return dtype.kind == "f" or (dtype.kind == "V" and dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"))
+
+
+def _finite(array: np.ndarray) -> bool:
+    # min and max carry NaN and infinity on; the exact dtypes of ml_dtypes reduce slowly, so they go through float32
+    wide = array if array.dtype.kind == "f" else array.astype(np.float32)
+    return bool(np.isfinite(wide.min()) and np.isfinite(wide.max()))
+
+
+def _check_parts(q: QTensor, name: str) -> QTensor:
+    check_finite(q.scales, f"{name} (scales)")
+    if q.zeros is not None:
+        check_finite(q.zeros, f"{name} (zeros)")
+    return q
+
+
+def _float_pieces(t: LazyTensor, units: Sequence[Units | None]) -> Iterator[tuple[slice | tuple, np.ndarray]]:
+    """A shard as checked float pieces along its first axis: (place in the result, values). Packed tensors are dequantised."""
+    if not t.shape:
+        yield (), check_finite(t.read(units), t.name)
+        return
+    # at most float32, and half of CHUNK_BYTES each because dequantising holds several arrays of a piece
+    row_bytes = math.prod(shard_shape(t.shape, units)[1:]) * 8
+    for place, rows in row_chunks(t.shape, units[0], row_bytes):
+        piece = t.read((rows, *units[1:]))
+        if isinstance(piece, QTensor):
+            piece = qtensor.dequantize(_check_parts(piece, t.name))
+        yield place, check_finite(piece, t.name)
+
+
+class _Wrapper(LazyTensor):
+    def __init__(self, source: LazyTensor):
+        self.name, self.shape = source.name, source.shape
+        self._source = source
+
+
+class _Cast(_Wrapper):
+    def __init__(self, source: LazyTensor, dtype: np.dtype):
+        super().__init__(source)
+        self.dtype = dtype
+
+    def read(self, units: Shard = None) -> np.ndarray:
+        units = self.shard(units)
+        out = np.empty(shard_shape(self.shape, units), self.dtype)
+        for place, piece in _float_pieces(self._source, units):
+            with np.errstate(over="ignore"):
+                out[place] = piece
+            if _is_float(self.dtype) and piece.size and not _finite(out[place]):
+                largest = float(np.abs(piece.astype(np.float32)).max())
+                raise NonFiniteWeightError(
+                    f"{self.name} holds values up to {largest:g}, over {self.dtype.name}'s largest; choose bfloat16 or float32"
+                )
+        return out
+
+
+class _Checked(_Wrapper):
+    """As it is, checked for NaN."""
+
+    def __init__(self, source: LazyTensor):
+        super().__init__(source)
+        self.dtype, self.packed = source.dtype, source.packed
+
+    def read(self, units: Shard = None) -> np.ndarray | QTensor:
+        value = self._source.read(units)
+        return _check_parts(value, self.name) if isinstance(value, QTensor) else check_finite(value, self.name)
+
+
+class _WithActivation(_Checked):
+    def __init__(self, source: LazyTensor, activation: ActivationQuant | None):
+        super().__init__(source)
+        self.packed = dataclasses.replace(source.packed, activation=activation)
+
+    def read(self, units: Shard = None) -> QTensor:
+        return super().read(units).replace(activation=self.packed.activation)
+
+
+class _Quantized(_Wrapper):
+    dtype = np.dtype(np.float32)
+
+    def __init__(self, source: LazyTensor, spec: QuantSpec):
+        super().__init__(source)
+        if len(source.shape) < 2:
+            raise QuantizationError(f"{source.name} has shape {source.shape}; only matrices are quantised")
+        if source.shape[-1] % (spec.group or 1):
+            raise QuantizationError(
+                f"{source.name}: groups of {spec.group} do not divide its {source.shape[-1]} inputs; "
+                f"choose one of {qtensor.divisors(source.shape[-1])}"
+            )
+        self._spec = spec
+        scale = np.dtype(np.float32 if spec.group is None else np.float16)
+        zeros = None if spec.symmetric else scale
+        self.packed = PackedFormat(
+            format=spec.format,
+            group=spec.group,
+            zeros=not spec.symmetric,
+            scale_dtype=scale,
+            zeros_dtype=zeros,
+            activation=spec.activation,
+        )
+
+    def read(self, units: Shard = None) -> QTensor:
+        *lead, columns = self.shard(units)
+        spec, inputs = self._spec, self.shape[-1]
+        # the logical tensor is quantised, so that every mesh holds the same bytes: a scale sees all of its inputs
+        cover = columns and cover_columns(columns, spec.group or inputs, inputs)
+        read = (*lead, cover and cover.read)
+        shape = shard_shape(self.shape, read)
+        values = np.empty(*_values_layout(shape, spec.format))
+        scales = np.empty((*shape[:-1], shape[-1] // (spec.group or inputs)), self.packed.scale_dtype)
+        zeros = np.empty_like(scales) if self.packed.zeros else None
+        for place, piece in _float_pieces(self._source, read):
+            try:
+                q = qtensor.round_to_nearest(piece, format=spec.format, group=spec.group, symmetric=spec.symmetric)
+            except QuantizationError as error:
+                raise QuantizationError(f"{self.name}: {error}") from error
+            values[place], scales[place] = q.values, q.scales
+            if zeros is not None:
+                zeros[place] = q.zeros
+        whole = QTensor(
+            values=values, scales=scales, zeros=zeros, format=spec.format, group=spec.group, activation=spec.activation
+        )
+        return cover.cut(whole) if cover else whole
+
+
+def _values_layout(shape: tuple[int, ...], format: str) -> tuple[tuple[int, ...], type]:
+    return (shape, np.int8) if format == "int8" else ((*shape[:-1], shape[-1] // 2), np.uint8)
+
+
+def as_float(t: LazyTensor) -> LazyTensor:
+    """`t` in its own float dtype, checked; a packed tensor dequantised to float32."""
+    return _Cast(t, np.dtype(np.float32)) if t.packed else checked(t)
+
+
+def cast(t: LazyTensor, dtype: np.dtype | str | type) -> LazyTensor:
+    """`t` in another float dtype, dequantised where it is packed.
+
+    Reading raises NonFiniteWeightError for NaN, infinity, and values that overflow `dtype`.
+    """
+    return _Cast(t, dtype_named(dtype) if isinstance(dtype, str) else np.dtype(dtype))
+
+
+def checked(t: LazyTensor) -> LazyTensor:
+    """`t` as it is; reading raises NonFiniteWeightError for NaN or infinity, in a packed tensor's scales and zeros too."""
+    return _Checked(t)
+
+
+def quantized(t: LazyTensor, spec: QuantSpec) -> LazyTensor:
+    """`t` rounded to the nearest levels of `spec`; reading gives a QTensor.
+
+    The logical tensor is quantised: a column shard of a per-channel weight reads whole rows, of a group-wise one its groups.
+    Raises QuantizationError for a tensor that is no matrix, or whose inputs the group does not divide.
+    """
+    return _Quantized(t, spec)
+
+
+def with_activation(t: LazyTensor, activation: ActivationQuant | None) -> LazyTensor:
+    """A packed tensor as it is, its inputs quantised as `activation` says. Raises QuantizationError if it is not packed."""
+    if t.packed is None:
+        raise QuantizationError(f"{t.name} is not packed; use quantized(t, QuantSpec(..., activation=...))")
+    return _WithActivation(t, activation)
+
+
+def materialize(tensors: Mapping[str, LazyTensor], progress: Progress | None = None) -> dict[str, np.ndarray | QTensor]:
+    """Read every tensor whole, checked for NaN: {path: array or QTensor}. `progress(done, total, path)` counts result bytes."""
+    total, done = sum(t.nbytes for t in tensors.values()), 0
+    out = {}
+    for path, tensor in tensors.items():
+        out[path] = (tensor if isinstance(tensor, _Wrapper) else checked(tensor)).read()
+        done += tensor.nbytes
+        if progress:
+            progress(done, total, path)
+    return out

@@ -1,0 +1,223 @@
+"""What a user sets: EngineConfig, QuantizationConfig and SamplingParams; frozen, checked once, from Python, a dict or a JSON file."""
+
+import dataclasses
+import difflib
+import json
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxinfer.errors import ConfigError, SamplingParamsError
+from pallas_kernels.qtensor import ActivationQuant
+
+DTYPES = ("float32", "bfloat16", "float16")
+CACHE_DTYPES = (*DTYPES, "int8")
+MAX_TOP_LOGPROBS = 20
+
+
+def _fields(cls) -> list[str]:
+    return [f.name for f in dataclasses.fields(cls)]
+
+
+def _checked_keys(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The values as keywords of `cls`. Raises ConfigError naming the nearest known key."""
+    for key in values:
+        if key not in _fields(cls):
+            near = difflib.get_close_matches(key, _fields(cls), 1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(_fields(cls))}"
+            raise ConfigError(f"{where} has no key {key!r}{hint}")
+    return dict(values)
+
+
+def _whole(owner: str, name: str, value: Any, low: int, high: int | None = None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
+        raise ConfigError(f"{owner}.{name} is {value!r}; give a whole number {limit}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class QuantizationConfig:
+    """Round-to-nearest quantisation of every matrix while it is loaded.
+
+    weight_bits: 8 or 4. activation_bits: 8 (dynamic) or 16 (left as they are); by default 8 with INT8 weights, 16 with INT4.
+    group_size: inputs per weight scale, 0 for one scale per output channel; by default 0 for INT8, 64 for INT4. symmetric: False
+    stores a minimum per group (INT4). activation_group_size: inputs per activation scale, 0 for one a token. head_bits: of embedding
+    and head: 8, or 16 to leave them as they are.
+    """
+
+    enabled: bool = True
+    weight_bits: int = 8
+    activation_bits: int | None = None
+    group_size: int | None = None
+    symmetric: bool = True
+    activation_group_size: int = 64
+    head_bits: int = 8
+
+    def __post_init__(self):
+        if self.weight_bits not in (8, 4):
+            raise ConfigError(f"quantization.weight_bits is {self.weight_bits!r}; choose 8 or 4, or set dtype for 16 and 32")
+        if self.activation_bits not in (None, 8, 16):
+            raise ConfigError(f"quantization.activation_bits is {self.activation_bits!r}; choose 8 or 16")
+        if self.head_bits not in (8, 16):
+            raise ConfigError(f"quantization.head_bits is {self.head_bits!r}; choose 8 or 16")
+        if self.weight_bits == 8 and not self.symmetric:
+            raise ConfigError("quantization.symmetric is False: INT8 weights are symmetric; asymmetric exists for weight_bits 4")
+        if self.weight_bits == 4 and self.group_size not in (None, 32, 64, 128):
+            raise ConfigError(f"quantization.group_size is {self.group_size!r}; INT4 needs groups of 32, 64 or 128")
+        if self.group_size is not None:
+            _whole("quantization", "group_size", self.group_size, 0)
+            if self.group_size % 2:
+                raise ConfigError(f"quantization.group_size is {self.group_size}; give an even number, or 0 for one scale a channel")
+        _whole("quantization", "activation_group_size", self.activation_group_size, 0)
+
+    @property
+    def group(self) -> int | None:
+        size = self.group_size if self.group_size is not None else (64 if self.weight_bits == 4 else 0)
+        return size or None
+
+    @property
+    def activation(self) -> ActivationQuant | None:
+        bits = self.activation_bits or (8 if self.weight_bits == 8 else 16)
+        return ActivationQuant(group=self.activation_group_size or None) if bits == 8 else None
+
+    @classmethod
+    def parse(cls, spec: str) -> "QuantizationConfig":
+        """From a short form: int8, int4, w8a8, w8a16, w4a16, w4a8; then -g64 (weight group), -asym, -token (one activation scale a token)."""
+        m = re.fullmatch(r"(int8|int4|w([48])a(8|16))((?:-g\d+|-asym|-token)*)", spec)
+        if not m:
+            raise ConfigError(f"quantisation {spec!r} is not understood; examples: int8, int4, w8a16, w4a16-g32, w4a16-g64-asym, w8a8-token")
+        options = m[4].split("-")[1:]
+        groups = [int(o[1:]) for o in options if o[0] == "g"]
+        return cls(
+            weight_bits=int(m[2] or m[1][3:]),
+            activation_bits=int(m[3]) if m[3] else None,
+            group_size=groups[-1] if groups else None,
+            symmetric="asym" not in options,
+            activation_group_size=0 if "token" in options else 64,
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelConfig:
+    """Sizes of the mesh. tensor_parallel_size shards every layer, pipeline_parallel_size spreads the layers."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+
+    def __post_init__(self):
+        for name in _fields(type(self)):
+            _whole("engine", name, getattr(self, name), 1)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CacheConfig:
+    """The key/value cache. dtype: float32, bfloat16, float16 or int8 (a scale per head and token); by default that of the weights."""
+
+    dtype: str | None = None
+
+    def __post_init__(self):
+        if self.dtype is not None and self.dtype not in CACHE_DTYPES:
+            raise ConfigError(f"kv_cache.dtype is {self.dtype!r}; choose one of {', '.join(CACHE_DTYPES)}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How a model is loaded and run.
+
+    inference_max_tokens: prompt and new tokens of a sequence together. micro_batch_size: sequences decoded in one tick, at most; with
+    a pipeline every stage holds as many. dtype: of the matrices; None keeps what the checkpoint stores, packed weights included.
+    quantization: None leaves weights as they are. engine: the mesh. max_logprobs: alternatives that a request may ask for.
+    memory_fraction: of the device's free memory that weights and cache may take. compilation_cache: folder of XLA's persistent
+    cache; None is the user's cache folder, False turns it off.
+    """
+
+    inference_max_tokens: int = 1024
+    micro_batch_size: int = 8
+    dtype: str | None = None
+    quantization: QuantizationConfig | None = None
+    engine: ParallelConfig = ParallelConfig()
+    kv_cache: CacheConfig = CacheConfig()
+    max_logprobs: int = 5
+    memory_fraction: float = 0.9
+    compilation_cache: str | bool | None = None
+
+    def __post_init__(self):
+        _whole("config", "inference_max_tokens", self.inference_max_tokens, 2)
+        _whole("config", "micro_batch_size", self.micro_batch_size, 1)
+        _whole("config", "max_logprobs", self.max_logprobs, 0, MAX_TOP_LOGPROBS)
+        if self.dtype is not None and self.dtype not in DTYPES:
+            raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}, or quantization for fewer bits")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction is {self.memory_fraction!r}; give a number above 0, at most 1")
+
+    @classmethod
+    def load(cls, source: "EngineConfig | Mapping[str, Any] | str | Path | None") -> "EngineConfig":
+        """From an EngineConfig, a dict, the path of a JSON file, or None for the defaults. Raises ConfigError."""
+        if source is None:
+            return cls()
+        if isinstance(source, cls):
+            return source
+        if isinstance(source, str | Path):
+            try:
+                source = json.loads(Path(source).read_text())
+            except OSError as e:
+                raise ConfigError(f"the configuration {source} cannot be read: {e.strerror}") from e
+            except json.JSONDecodeError as e:
+                raise ConfigError(f"the configuration {source} is not JSON: {e}") from e
+        if not isinstance(source, Mapping):
+            raise ConfigError(f"a configuration is a dict or a JSON object, got {type(source).__name__}")
+        values = _checked_keys(cls, source, "the configuration")
+        for key, part in (("quantization", QuantizationConfig), ("engine", ParallelConfig), ("kv_cache", CacheConfig)):
+            if isinstance(values.get(key), Mapping):
+                values[key] = part(**_checked_keys(part, values[key], key))
+            elif key == "quantization" and isinstance(values.get(key), str):
+                values[key] = QuantizationConfig.parse(values[key])
+        if values.get("quantization") is not None and not values["quantization"].enabled:
+            values["quantization"] = None
+        return cls(**values)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the tokens of one request are chosen.
+
+    max_tokens: new tokens at most; None is as many as inference_max_tokens leaves. temperature: 0 takes the most likely token.
+    top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. seed: the same seed draws the same tokens in any batch and on any mesh.
+    stop: strings that end the text and are not part of it. stop_token_ids: besides the model's own end tokens. ignore_eos: do not end
+    at the model's end tokens. logprobs: alternatives to report per token besides the chosen one; None reports nothing.
+    """
+
+    max_tokens: int | None = None
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None
+
+    def __post_init__(self):
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+        checks = {
+            "max_tokens": (self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1), "at least 1, or None"),
+            "temperature": (number(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
+            "top_k": (type(self.top_k) is int and self.top_k >= 0, "0 (off) or more"),
+            "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            "min_p": (number(self.min_p) and 0 <= self.min_p < 1, "0 (off) or more, below 1"),
+            "seed": (type(self.seed) is int and 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295"),
+            "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
+            "stop_token_ids": (all(type(t) is int and t >= 0 for t in self.stop_token_ids), "token ids"),
+            "logprobs": (
+                self.logprobs is None or (type(self.logprobs) is int and 0 <= self.logprobs <= MAX_TOP_LOGPROBS),
+                f"None, or 0 to {MAX_TOP_LOGPROBS}",
+            ),
+        }
+        for name, (good, limit) in checks.items():
+            if not good:
+                raise SamplingParamsError(f"{name} is {getattr(self, name)!r}; give {limit}")

@@ -1,0 +1,83 @@
+"""Every error that the library raises on purpose, in one place. Each message gives the value, the limit and what to do."""
+
+from convert.errors import (
+    CheckpointMismatchError,
+    ConversionError,
+    MissingTensorError,
+    NativeFormatError,
+    NonFiniteWeightError,
+    TensorShapeError,
+    TruncatedFileError,
+    UnexpectedTensorError,
+    UnsupportedFormatError,
+)
+from pallas_kernels.errors import BackendError, KernelError, QuantizationError, ShapeError
+from sharding.errors import AxisRuleError, MeshError, ShardingError
+
+
+class InferenceError(ValueError):
+    """Base of what the runtime itself refuses."""
+
+
+class ConfigError(InferenceError):
+    """A configuration that cannot be used."""
+
+
+class SamplingParamsError(InferenceError):
+    """Sampling parameters out of their range."""
+
+
+class UnknownArchitectureError(InferenceError):
+    """A checkpoint of an architecture that is not supported."""
+
+
+class UnknownConfigKeyError(InferenceError):
+    """A config.json with keys that may change the arithmetic and are not understood."""
+
+
+class PromptError(InferenceError):
+    """A prompt that cannot be run: empty, or with tokens outside of the vocabulary."""
+
+
+class TokenLimitError(InferenceError):
+    """More tokens than inference_max_tokens."""
+
+
+class MemoryPlanError(InferenceError):
+    """Weights and cache do not fit in memory."""
+
+
+class EngineStateError(InferenceError):
+    """An engine that was closed, or a state that does not fit the call."""
+
+
+EXPECTED = (InferenceError, ConversionError, KernelError, ShardingError)
+
+__all__ = [
+    "EXPECTED",
+    "AxisRuleError",
+    "BackendError",
+    "CheckpointMismatchError",
+    "ConfigError",
+    "ConversionError",
+    "EngineStateError",
+    "InferenceError",
+    "KernelError",
+    "MemoryPlanError",
+    "MeshError",
+    "MissingTensorError",
+    "NativeFormatError",
+    "NonFiniteWeightError",
+    "PromptError",
+    "QuantizationError",
+    "SamplingParamsError",
+    "ShapeError",
+    "ShardingError",
+    "TensorShapeError",
+    "TokenLimitError",
+    "TruncatedFileError",
+    "UnexpectedTensorError",
+    "UnknownArchitectureError",
+    "UnknownConfigKeyError",
+    "UnsupportedFormatError",
+]

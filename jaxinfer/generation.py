@@ -1,0 +1,334 @@
+"""Prefill, the decode loop and scoring: pure functions over arrays, written for one shard.
+
+The same functions run alone (ParallelContext without axes) and inside one shard_map over a mesh. With a pipeline of P stages there
+are M = P micro-batches of B sequences in flight: at tick t stage s works on micro-batch (t - s) mod M, and the one that leaves the
+last stage gets its token and enters the first stage at the next tick. Activations in flight are part of the state, so stopping
+after a few tokens and going on does not drain the pipe.
+
+Shapes: M micro-batches, B sequences in each, T prompt tokens, S cached tokens, D embed, E tokens that one call may emit.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from jaxinfer.models.decoder import cached_layers, embed, head_logits, prefill_layers
+from jaxinfer.placement import Plan
+from jaxinfer.sampling import Choice, SamplingArrays, choose_tokens, vocab_shards
+from pallas_kernels.layer_cache import LayerCache
+from pallas_kernels.sampling import argmax, log_probs
+
+
+def _pytree(cls):
+    fields = tuple(f.name for f in dataclasses.fields(cls))
+    return jax.tree_util.register_dataclass(cls, data_fields=fields, meta_fields=())
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Prefix:
+    """Prompts that were read: their fresh caches per layer slot [rows, K, T, H], lengths int32 [rows], the first new token, and
+    how the next ones are chosen."""
+
+    caches: tuple[LayerCache, ...]
+    lengths: jax.Array
+    first: Choice
+    sampling: SamplingArrays
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class State:
+    """Everything that a decode step changes; donated to it.
+
+    caches: per layer slot, rows ordered by micro-batch. hidden float32 [B, D], valid bool [B]: what waits at this stage's door.
+    tick: int32, since the beginning, modulo M. tokens (last ones), lengths (tokens in the cache), generated: int32 [M, B].
+    active: bool [M, B]. sampling: of every slot, [M, B].
+    """
+
+    caches: tuple[LayerCache, ...]
+    hidden: jax.Array
+    valid: jax.Array
+    tick: jax.Array
+    tokens: jax.Array
+    lengths: jax.Array
+    generated: jax.Array
+    active: jax.Array
+    sampling: SamplingArrays
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Emitted:
+    """What a decode call produced. choices: [M, B, E] and [M, B, E, n]; counts int32 [M, B]: how many of the E are real. done: bool [M, B]."""
+
+    choices: Choice
+    counts: jax.Array
+    done: jax.Array
+
+
+@_pytree
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Scores:
+    """logprobs float32 [B, T]: of each token given those before it, 0 for the first and for padding. greedy int32 [B, T]: the most
+    likely token at that place."""
+
+    logprobs: jax.Array
+    greedy: jax.Array
+
+
+def _of(array, m, count: int):
+    """Micro-batch m of [M, ...]; free of a slice where there is one."""
+    return array[0] if count == 1 else lax.dynamic_index_in_dim(array, m, 0, keepdims=False)
+
+
+def _used(plan: Plan):
+    """Which layer slots this stage uses, bool [slots], or None where every stage uses all."""
+    if len(set(plan.counts)) == 1:
+        return None
+    return jnp.arange(plan.slots) < jnp.asarray(plan.counts)[plan.context.stage_index()]
+
+
+def _pipeline(weights, x, lengths, plan: Plan) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """Rows [B, T, D] through all stages -> (the last stage's output [B, T, D], zeros elsewhere; this stage's fresh caches [B, K, T, H])."""
+    ctx, P = plan.context, plan.context.stages
+    run = functools.partial(prefill_layers, config=plan.config, spec=plan.layer_spec, ctx=ctx, used=_used(plan))
+    if P == 1:
+        return run(weights.layers, x, lengths)
+    rows = x.shape[0]
+    parts = P if rows % P == 0 else 1  # micro-batches, so that stages work side by side
+    stage, size = ctx.stage_index(), rows // parts
+    shapes = jax.eval_shape(lambda: run(weights.layers, x[:size], lengths[:size]))[1]
+
+    def tick(t, carry):
+        waiting, out, caches = carry
+        m = jnp.clip(t - stage, 0, parts - 1)
+        live = (t >= stage) & (t - stage < parts)
+        start = m * size
+        mine = jnp.where(stage == 0, lax.dynamic_slice_in_dim(x, start, size), waiting)
+        y, new = run(weights.layers, mine, lax.dynamic_slice_in_dim(lengths, start, size))
+
+        def put(whole, part):
+            old = lax.dynamic_slice_in_dim(whole, start, size)
+            return lax.dynamic_update_slice_in_dim(whole, jnp.where(live, part, old), start, 0)
+
+        out = put(out, jnp.where(stage == P - 1, y, 0))
+        return ctx.next_stage(y), out, jax.tree.map(put, caches, new)
+
+    empty = jax.tree.map(lambda s: jnp.zeros((rows, *s.shape[1:]), s.dtype), shapes)
+    start = (jnp.zeros((size, *x.shape[1:]), x.dtype), jnp.zeros_like(x), empty)
+    _, out, caches = lax.fori_loop(0, parts + P - 1, tick, start)
+    return out, caches
+
+
+def prefill(weights, tokens, lengths, sampling: SamplingArrays, *, plan: Plan, cache_dtype, top: int) -> Prefix:
+    """Read prompts. tokens int32 [B, T], padded on the right; lengths int32 [B]. cache_dtype: of the caches. top: see `choose_tokens`."""
+    ctx = plan.context
+    x, caches = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)
+    last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)[:, 0]
+    logits = head_logits(weights, ctx.from_last_stage(last), plan.config, ctx)
+    first = choose_tokens(logits, sampling, jnp.zeros_like(lengths), ctx, top)
+    like = LayerCache.zeros(rows=0, kv_heads=0, tokens=0, head_dim=0, dtype=cache_dtype)
+    return Prefix(caches=tuple(like.encode(c.k, c.v) for c in caches), lengths=lengths, first=first, sampling=sampling)
+
+
+def empty_state(plan: Plan, *, batch: int, tokens: int, cache_dtype) -> State:
+    """A state without sequences, as one shard sees it: `batch` sequences per micro-batch, `tokens` cached tokens each."""
+    M, B = plan.context.stages, batch
+    whole = (M, B)
+    cache = functools.partial(
+        LayerCache.zeros,
+        rows=M * B,
+        kv_heads=len(plan.heads.kv[0]),
+        tokens=tokens,
+        head_dim=plan.config.attention.head_dim,
+        dtype=cache_dtype,
+    )
+    return State(
+        caches=tuple(cache() for _ in range(plan.slots)),
+        hidden=jnp.zeros((B, plan.config.embed), jnp.float32),
+        valid=jnp.zeros((B,), bool),
+        tick=jnp.int32(0),
+        tokens=jnp.zeros(whole, jnp.int32),
+        lengths=jnp.zeros(whole, jnp.int32),
+        generated=jnp.zeros(whole, jnp.int32),
+        active=jnp.zeros(whole, bool),
+        sampling=SamplingArrays.zeros(whole),
+    )
+
+
+def _forget(state: State, micro_batch, row, plan: Plan):
+    """`valid` without what is in flight for a slot: it belongs to the slot's former sequence."""
+    M = plan.context.stages
+    here = jnp.mod(state.tick - plan.context.stage_index(), M) == micro_batch
+    return state.valid & ~(here & (jnp.arange(state.valid.shape[0]) == row))
+
+
+def insert(prefix: Prefix, state: State, slots, *, plan: Plan) -> State:
+    """Put the sequences of a prefix into slots, int32 [rows of the prefix]; -1 leaves a row out."""
+    M, B = state.tokens.shape
+    for i in range(prefix.lengths.shape[0]):
+        slot, keep = jnp.maximum(slots[i], 0), slots[i] >= 0
+        m, b = slot // B, slot % B
+
+        def put(cache, fresh, i=i, slot=slot, keep=keep):
+            start = (slot, *[0] * (cache.ndim - 1))
+            part = fresh[i : i + 1, :, : cache.shape[2]]
+            old = lax.dynamic_slice(cache, start, part.shape)
+            return lax.dynamic_update_slice(cache, jnp.where(keep, part, old), start)
+
+        def set_slot(array, value, m=m, b=b, keep=keep):
+            return array.at[m, b].set(jnp.where(keep, value, array[m, b]))
+
+        token = prefix.first.token[i]
+        mine = jax.tree.map(lambda a, i=i: a[i], prefix.sampling)
+        active = (mine.limit > 1) & ~jnp.any(token == mine.stop_tokens)
+        state = State(
+            caches=jax.tree.map(put, state.caches, prefix.caches),
+            hidden=state.hidden,
+            valid=jnp.where(keep, _forget(state, m, b, plan), state.valid),
+            tick=state.tick,
+            tokens=set_slot(state.tokens, token),
+            lengths=set_slot(state.lengths, prefix.lengths[i]),
+            generated=set_slot(state.generated, 1),
+            active=set_slot(state.active, active),
+            sampling=jax.tree.map(set_slot, state.sampling, mine),
+        )
+    return state
+
+
+def free(state: State, slot, *, plan: Plan) -> State:
+    """Stop the sequence in a slot, int32 scalar."""
+    m, b = slot // state.tokens.shape[1], slot % state.tokens.shape[1]
+    return dataclasses.replace(state, active=state.active.at[m, b].set(False), valid=_forget(state, m, b, plan))
+
+
+def decode(weights, state: State, steps, *, plan: Plan, top: int, capacity: int) -> tuple[State, Emitted]:
+    """Up to `steps` tokens for every active sequence, int32 scalar, at most `capacity` (static); ends when none is active."""
+    M, B = state.tokens.shape
+    choices = Choice(
+        token=jnp.zeros((M, B, capacity), jnp.int32),
+        logprob=jnp.zeros((M, B, capacity), jnp.float32),
+        top_logprobs=jnp.zeros((M, B, capacity, top), jnp.float32),
+        top_ids=jnp.zeros((M, B, capacity, top), jnp.int32),
+    )
+    emitted = Emitted(choices=choices, counts=jnp.zeros((M, B), jnp.int32), done=~state.active)
+    ticks = jnp.minimum(steps, capacity) * M
+
+    def more(carry):
+        n, state, _ = carry
+        return (n < ticks) & jnp.any(state.active)
+
+    def body(carry):
+        n, state, emitted = carry
+        state, emitted = _tick(weights, state, emitted, plan, top)
+        return n + 1, state, emitted
+
+    _, state, emitted = lax.while_loop(more, body, (jnp.int32(0), state, emitted))
+    return state, emitted
+
+
+def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tuple[State, Emitted]:
+    """One micro-batch forward on every stage, and a token for the one that leaves the last."""
+    ctx, config = plan.context, plan.config
+    M, B = state.tokens.shape
+    stage, t = ctx.stage_index(), state.tick
+    enters, here, leaves = jnp.mod(t, M), jnp.mod(t - stage, M), jnp.mod(t + 1, M)  # leaves: t - (M - 1)
+
+    x = embed(weights, _of(state.tokens, enters, M), ctx)
+    valid = _of(state.active, enters, M)
+    if M > 1:
+        x, valid = jnp.where(stage == 0, x, state.hidden), jnp.where(stage == 0, valid, state.valid)
+    positions = _of(state.lengths, here, M)
+    rows = None if M == 1 else here * B + jnp.arange(B, dtype=jnp.int32)
+    y, caches = cached_layers(
+        weights.layers,
+        x[:, None],
+        state.caches,
+        positions[:, None],
+        config,
+        plan.layer_spec,
+        ctx,
+        rows=rows,
+        write=valid[:, None],
+        used=_used(plan),
+    )
+    y = y[:, 0]
+
+    accepted = valid
+    last = y
+    if M > 1:
+        # validity travels with the activations: one collective for both
+        joined = ctx.from_last_stage(jnp.concatenate([y, valid[:, None].astype(y.dtype)], -1))
+        last, accepted = joined[:, :-1], joined[:, -1] > 0
+    sampling = jax.tree.map(lambda a: _of(a, leaves, M), state.sampling)
+    generated, active = _of(state.generated, leaves, M), _of(state.active, leaves, M)
+    choice = choose_tokens(head_logits(weights, last, config, ctx), sampling, generated, ctx, top)
+
+    accepted = accepted & active
+    generated = generated + accepted
+    ended = jnp.any(choice.token[:, None] == sampling.stop_tokens, -1) | (generated >= sampling.limit)
+    counts = _of(emitted.counts, leaves, M)
+    place = jnp.where(accepted, counts, emitted.choices.token.shape[2])  # past the end: dropped
+
+    def emit(whole, value):
+        return whole.at[leaves, jnp.arange(B), place].set(value, mode="drop")
+
+    def put(whole, value):
+        return whole.at[leaves].set(value)
+
+    if M > 1:
+        moved = ctx.next_stage(jnp.concatenate([y, valid[:, None].astype(y.dtype)], -1))
+        hidden, waiting = moved[:, :-1], moved[:, -1] > 0
+    else:
+        hidden, waiting = state.hidden, state.valid
+    still = active & ~(accepted & ended)
+    new_state = State(
+        caches=caches,
+        hidden=hidden,
+        valid=waiting,
+        tick=jnp.mod(t + 1, M),
+        tokens=put(state.tokens, jnp.where(accepted, choice.token, _of(state.tokens, leaves, M))),
+        lengths=put(state.lengths, _of(state.lengths, leaves, M) + accepted),
+        generated=put(state.generated, generated),
+        active=put(state.active, still),
+        sampling=state.sampling,
+    )
+    return new_state, Emitted(
+        choices=jax.tree.map(emit, emitted.choices, choice),
+        counts=put(emitted.counts, counts + accepted),
+        done=put(emitted.done, ~still),
+    )
+
+
+SCORE_CHUNK = 128  # tokens whose logits are in memory at once
+
+
+def score(weights, tokens, lengths, *, plan: Plan) -> Scores:
+    """Log-probability of every token given those before it. tokens int32 [B, T], padded on the right; lengths int32 [B]."""
+    ctx = plan.context
+    B, T = tokens.shape
+    x, _ = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)
+    x = ctx.from_last_stage(x)[:, :-1]
+    targets = tokens[:, 1:]
+    chunk = min(SCORE_CHUNK, T - 1)
+    pad = -(T - 1) % chunk
+    x, targets = jnp.pad(x, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
+    split = lambda a: jnp.swapaxes(a.reshape(B, -1, chunk, *a.shape[2:]), 0, 1)
+
+    def part(xs):
+        h, target = xs
+        logits = head_logits(weights, h.reshape(B * chunk, -1), plan.config, ctx)
+        shards = vocab_shards(ctx, logits.shape[-1])
+        return (
+            log_probs(logits, target.reshape(-1), shards).reshape(B, chunk),
+            argmax(logits, shards).reshape(B, chunk),
+        )
+
+    logprobs, greedy = lax.map(part, (split(x), split(targets)))
+    join = lambda a: jnp.pad(jnp.swapaxes(a, 0, 1).reshape(B, -1)[:, : T - 1], ((0, 0), (1, 0)))
+    real = jnp.arange(T) < lengths[:, None]
+    return Scores(logprobs=jnp.where(real, join(logprobs), 0), greedy=jnp.where(real, join(greedy), 0))

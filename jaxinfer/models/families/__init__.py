@@ -1,0 +1,38 @@
+"""Families of models by the name of their architecture in config.json. A family is one short file."""
+
+import dataclasses
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+from convert.rules import Rule
+from jaxinfer.errors import UnknownArchitectureError
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.families import llama
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+    """config(config.json as a dict, names of the tensors) -> ModelConfig. rules(config): tensor names -> module paths.
+
+    ignored: patterns of tensors that hold nothing to learn.
+    """
+
+    config: Callable[[Mapping[str, Any], Collection[str]], ModelConfig]
+    rules: Callable[[ModelConfig], list[Rule]]
+    ignored: tuple[str, ...] = ()
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family(config=llama.config, rules=llama.rules, ignored=llama.IGNORED),
+}
+
+
+def find_family(hf: Mapping[str, Any]) -> Family:
+    """The family of a config.json. Raises UnknownArchitectureError."""
+    names = hf.get("architectures") or []
+    for name in names:
+        if name in FAMILIES:
+            return FAMILIES[name]
+    raise UnknownArchitectureError(
+        f"architecture {', '.join(names) or hf.get('model_type')!r} is not supported; supported are {', '.join(sorted(FAMILIES))}"
+    )

@@ -1,0 +1,293 @@
+"""place(): the canonical module, or a checkpoint, -> what the engine runs: device arrays, one per layer slot and weight.
+
+Every array of a layer slot has a leading `stage` axis (size 1 without a pipeline) and holds, for each stage, the weights of that
+stage's layer: slot i of stage s is layer first[s] + i. Weights are never stacked over slots: a stack costs a weight-sized copy per
+layer and call. Heads, mlp and vocabulary are cut into whole units, padded and replicated where they do not divide
+(sharding.partition). q/k/v and gate/up are joined along their outputs, shard by shard, where they are stored alike.
+Each process reads and places the slices of its own devices only.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxinfer.models.blocks import MLP, Attention
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.decoder import Decoder, DecoderWeights, LayerSpec, LayerWeights, ParameterInfo, layer_spec, parameters
+from pallas_kernels import qtensor
+from pallas_kernels.qtensor import QTensor
+from sharding.context import ParallelContext
+from sharding.errors import MeshError
+from sharding.partition import HeadSplit, Units, gather, split_even, split_heads
+from sharding.rules import STAGE, TENSOR_AXES, spec
+
+
+class Readable(Protocol):
+    """A tensor that can be read in pieces: a file's, or a module's parameter."""
+
+    shape: tuple[int, ...]
+
+    def read(self, units: Sequence[Units | None] | None = None) -> np.ndarray | QTensor: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class InMemory:
+    """A parameter that is in memory already, as a Readable."""
+
+    value: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.value.shape)
+
+    def read(self, units: Sequence[Units | None] | None = None) -> np.ndarray | QTensor:
+        value = jax.tree.map(np.asarray, self.value)
+        units = units or (None,) * len(self.shape)
+        if not isinstance(value, QTensor):
+            return gather(value, units)
+        for axis, unit in zip((-2, -1), units, strict=True):
+            if unit is not None:
+                value = qtensor.take(value, axis=axis, unit=unit.size, indices=unit.indices)
+        return value
+
+
+def module_tensors(model: Decoder) -> dict[str, InMemory]:
+    """Every parameter of a module by its path."""
+    return {".".join(map(str, path)): InMemory(p.get_value()) for path, p in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How a model lies on a mesh: hashable, so that compiled programs can be keyed by it.
+
+    counts: layers per stage. heads: which heads each tensor shard holds. context: how the program reaches its collectives.
+    """
+
+    config: ModelConfig
+    counts: tuple[int, ...]
+    heads: HeadSplit
+    context: ParallelContext
+
+    @property
+    def slots(self) -> int:
+        return max(self.counts)
+
+    @property
+    def layer_spec(self) -> LayerSpec:
+        return layer_spec(self.config, len(self.heads.query[0]) // len(self.heads.kv[0]))
+
+    @property
+    def cache_heads(self) -> int:
+        """kv heads of a cache over all tensor shards, padding and replicas included."""
+        return len(self.heads.kv) * len(self.heads.kv[0])
+
+    def layer(self, stage: int, slot: int) -> int | None:
+        """The layer in a slot of a stage, or None where the slot is empty."""
+        return sum(self.counts[:stage]) + slot if slot < self.counts[stage] else None
+
+
+def make_plan(config: ModelConfig, mesh: Mesh) -> Plan:
+    """Layers in order over the stages, as evenly as they go, the longer stages first. Raises MeshError for more stages than layers."""
+    stages = mesh.shape[STAGE]
+    if stages > config.layers:
+        raise MeshError(f"{stages} pipeline stages for {config.layers} layers; use at most one stage a layer")
+    base, extra = divmod(config.layers, stages)
+    tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
+    a = config.attention
+    return Plan(
+        config=config,
+        counts=tuple(base + (s < extra) for s in range(stages)),
+        heads=split_heads(a.heads, a.kv_heads, tensor),
+        context=ParallelContext.from_mesh(mesh),
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A model on a mesh. weights: DecoderWeights of device arrays; specs: the same tree of partition specs."""
+
+    mesh: Mesh
+    plan: Plan
+    weights: DecoderWeights
+    specs: DecoderWeights
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes over all devices, replicas and padding included."""
+        return sum(math.prod(s.data.shape) * a.dtype.itemsize for a in jax.tree.leaves(self.weights) for s in a.addressable_shards)
+
+
+def local_layers(weights: DecoderWeights) -> DecoderWeights:
+    """Inside shard_map: the stage axis of the local layer arrays, of size 1, taken off."""
+    return dataclasses.replace(weights, layers=jax.tree.map(lambda a: a[0], weights.layers))
+
+
+def place(
+    source: Decoder | Mapping[str, Readable],
+    mesh: Mesh,
+    *,
+    config: ModelConfig | None = None,
+    progress: Callable[[int, int, str], None] | None = None,
+) -> Placed:
+    """Put a model on a mesh.
+
+    source: a Decoder, or a mapping of every module path to a tensor that can be read in pieces, with its config.
+    progress(done, total, name): called per tensor, in bytes of what the file holds. Raises MeshError for a mesh that does not fit.
+    """
+    if isinstance(source, Decoder):
+        config, source = source.config, module_tensors(source)
+    if config is None:
+        raise TypeError("place() needs the config of a mapping of tensors")
+    return _Placer(source, mesh, make_plan(config, mesh), progress).run()
+
+
+class _Placer:
+    def __init__(self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress):
+        self.source, self.mesh, self.plan, self.progress = source, mesh, plan, progress
+        self.info: dict[str, ParameterInfo] = parameters(plan.config)
+        self.tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
+        self.units = self._units()
+        self.read_names: set[str] = set()
+
+    def _units(self) -> dict[str, tuple[Units, ...]]:
+        """For every logical axis that is split: what each of its shards holds."""
+        config, heads = self.plan.config, self.plan.heads
+        # a shard of the mlp holds whole groups of every weight that contracts over it
+        kinds = [_kind(self.source[f"blocks.{i}.mlp.down"]) for i in range(config.layers)] if self.tensor > 1 else []
+        unit = math.lcm(1, *(g for kind in kinds for g in kind.groups))
+        if config.mlp.width % unit:
+            raise MeshError(f"an mlp of {config.mlp.width} is not made of groups of {unit}; quantise with groups that divide it")
+        return {
+            "heads": heads.query_units(config.attention.head_dim),
+            "kv_heads": heads.kv_units(config.attention.head_dim),
+            "mlp": split_even(config.mlp.width, self.tensor, unit),
+            "vocab": split_even(config.vocab, self.mesh.shape[STAGE] * self.tensor),
+        }
+
+    def run(self) -> Placed:
+        slots = [self._slot(i) for i in range(self.plan.slots)]
+        names = ("embedding", "norm") + (() if self.plan.config.tied else ("head",))
+        ends = {name: self._arrays(lambda stage, name=name: (name,), staged=False) for name in names}
+        ends.setdefault("head", None)
+        weights = DecoderWeights(layers=tuple(slots), **ends)
+        return Placed(mesh=self.mesh, plan=self.plan, weights=weights, specs=jax.tree.map(lambda a: a.sharding.spec, weights))
+
+    def _slot(self, slot: int) -> LayerWeights:
+        """The weights of one slot: for each field of the two half-layer operations, one array or a run of joined ones."""
+        halves = {}
+        for half, block in (("attention", Attention), ("mlp", MLP)):
+            prefix = f"blocks.0.{half}."
+            known = {path.removeprefix(prefix) for path in self.info if path.startswith(prefix)}
+            names = block.build(lambda name, known=known: name if name in known else None)
+            filled = {}
+            for field in dataclasses.fields(names):
+                value = getattr(names, field.name)
+                if isinstance(value, tuple):
+                    filled[field.name] = tuple(self._weight(slot, half, run) for run in self._alike(slot, half, value))
+                else:
+                    filled[field.name] = None if value is None else self._weight(slot, half, (value,))
+            halves[half] = type(names)(**filled)
+        return LayerWeights(**halves)
+
+    def _paths(self, stage: int, slot: int, half: str, names: Sequence[str]) -> tuple[str, ...] | None:
+        layer = self.plan.layer(stage, slot)
+        return None if layer is None else tuple(f"blocks.{layer}.{half}.{name}" for name in names)
+
+    def _alike(self, slot: int, half: str, names: Sequence[str]) -> list[tuple[str, ...]]:
+        """Neighbours that are stored alike, to be joined into one array."""
+        runs: list[tuple[str, ...]] = []
+        for name in names:
+            if runs and self._kind(slot, half, runs[-1][-1]) == self._kind(slot, half, name):
+                runs[-1] += (name,)
+            else:
+                runs.append((name,))
+        return runs
+
+    def _kind(self, slot: int, half: str, name: str) -> "_Kind":
+        """How the weight is stored, alike on all stages: they run one program."""
+        paths = [p[0] for s in range(len(self.plan.counts)) if (p := self._paths(s, slot, half, (name,)))]
+        kinds = {_kind(self.source[path]): path for path in paths}
+        if len(kinds) > 1:
+            stored = ", ".join(f"{path} as {kind}" for kind, path in kinds.items())
+            raise MeshError(f"layers that share a pipeline slot are stored differently ({stored}); convert them to one format first")
+        return next(iter(kinds))
+
+    def _weight(self, slot: int, half: str, names: Sequence[str]):
+        kinds = {self._kind(slot, half, name) for name in names}
+        spare = self._kind(0, half, names[0])
+        if len(self.plan.counts) > 1 and kinds != {spare}:
+            raise MeshError(f"{half}.{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first")
+        return self._arrays(lambda stage: self._paths(stage, slot, half, names), staged=True, spare=self._paths(0, 0, half, names))
+
+    def _arrays(self, paths: Callable[[int], Sequence[str] | None], *, staged: bool, spare: Sequence[str] = ()):
+        """One weight on every device of the mesh that is this process's. paths(stage): the tensors that are joined along their
+        outputs there; None for an empty slot, which gets zeros in the shape of the tensors `spare`."""
+        axes = self.info[(paths(0) or spare)[0]].axes
+        mesh_axes = spec(("stage", *axes) if staged else axes)
+        shards: dict[tuple[int, int], Any] = {}  # devices that hold the same shard read it once
+        devices, local = [], []
+        for (_, stage, host, tensor), device in np.ndenumerate(self.mesh.devices):
+            if device.process_index != jax.process_index():
+                continue
+            rank = host * self.mesh.devices.shape[3] + tensor
+            key = (stage if staged or "vocab" in axes else 0, rank if set(axes) & set(self.units) else 0)
+            if key not in shards:
+                names = paths(stage)
+                shard = jax.tree.map(np.zeros_like, self._shard(spare, key)) if names is None else self._shard(names, key)
+                shards[key] = jax.tree.map(lambda a: a[None], shard) if staged else shard
+            devices.append(device)
+            local.append(shards[key])
+
+        def assemble(*leaves):
+            # a scale per channel has one column, which no shard of the inputs divides
+            entries = [e if n > 1 or i == 0 else None for i, (e, n) in enumerate(zip(mesh_axes, leaves[0].shape, strict=True))]
+            times = [math.prod(self.mesh.shape[m] for m in ((e,) if isinstance(e, str) else e or ())) for e in entries]
+            arrays = [jax.device_put(a, d) for a, d in zip(leaves, devices, strict=True)]
+            shape = tuple(n * t for n, t in zip(leaves[0].shape, times, strict=True))
+            return jax.make_array_from_single_device_arrays(shape, NamedSharding(self.mesh, PartitionSpec(*entries)), arrays)
+
+        return jax.tree.map(assemble, *local)
+
+    def _shard(self, names: Sequence[str], key: tuple[int, int]):
+        """What the devices of a (stage, tensor rank) hold of the named tensors, joined along their outputs."""
+        stage, rank = key
+        parts = []
+        for name in names:
+            own = self.info[name].axes
+            index = {"vocab": stage * self.tensor + rank}
+            units = tuple(self.units[a][index.get(a, rank)] if a in self.units else None for a in own)
+            parts.append(self.source[name].read(units))
+            if self.progress and name not in self.read_names:
+                self.read_names.add(name)
+                self.progress(len(self.read_names), len(self.info), name)
+        if len(parts) == 1:
+            return parts[0]
+        return qtensor.concatenate(parts) if isinstance(parts[0], QTensor) else np.concatenate(parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """How a tensor is stored, as far as it decides what can be joined and where it can be cut."""
+
+    dtype: str
+    group: int | None = None
+    zeros: bool = False
+    activation: qtensor.ActivationQuant | None = None
+
+    @property
+    def groups(self) -> tuple[int, ...]:
+        """Group sizes along the inputs: of the scales and of the activations' scales."""
+        return tuple(g for g in (self.group, self.activation and self.activation.group) if g)
+
+
+def _kind(tensor: Readable) -> _Kind:
+    head = tensor.read((Units(1, (0,)),) + (None,) * (len(tensor.shape) - 1))
+    if not isinstance(head, QTensor):
+        return _Kind(str(head.dtype))
+    return _Kind(head.format, head.group, head.zeros is not None, head.activation)

@@ -1,0 +1,32 @@
+"""The meaning of `attention` in plain jnp."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+MASKED = -1e30  # finite, so that a row that sees nothing gives no NaN
+
+
+def attention(q, cache, *, rows, positions, scale):
+    B, T, N, H = q.shape
+    K, S = cache.k.shape[1:3]
+    own = cache.take(rows)
+    # [B, K, G*T, H]: the query heads of a group share one read of its keys
+    grouped = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).swapaxes(2, 3).reshape(B, K, -1, H)
+    scores = _dot("bkqh,bksh->bkqs", grouped * scale, own.k)
+    if own.k_scale is not None:
+        scores = scores * own.k_scale[:, :, None]
+    seen = lax.broadcasted_iota(jnp.int32, (1, 1, S), 2) <= positions[:, :, None]  # [B, T, S]
+    scores = jnp.where(seen[:, None, None], scores.reshape(B, K, N // K, T, S), MASKED)
+    weights = jax.nn.softmax(scores, -1).reshape(B, K, -1, S)
+    if own.v_scale is not None:
+        weights = weights * own.v_scale[:, :, None]
+    out = _dot("bkqs,bksh->bkqh", weights, own.v)
+    return jnp.swapaxes(out.reshape(B, K, N // K, T, H), 2, 3).swapaxes(1, 2).reshape(B, T, N, H)
+
+
+def _dot(equation, a, b):
+    """float32 x the cache's dtype with float32 accumulation; a half-precision cache is multiplied as it is stored."""
+    if b.dtype == jnp.float32 or b.dtype == jnp.int8:
+        return jnp.einsum(equation, a, b.astype(jnp.float32), precision=lax.Precision.HIGHEST)
+    return jnp.einsum(equation, a.astype(b.dtype), b, preferred_element_type=jnp.float32)

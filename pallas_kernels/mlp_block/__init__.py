@@ -1,0 +1,68 @@
+"""Half a layer as one operation: norm, up (and gate), activation, down, residual."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+
+from pallas_kernels.errors import ShapeError
+from pallas_kernels.mlp_block import reference
+from pallas_kernels.registry import choose, register
+
+register("mlp_block", "reference", reference.mlp_block)
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("norm", "up", "up_bias", "down", "down_bias"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPWeights:
+    """Weights of the half layer, as arrays or QTensors [out, in].
+
+    norm [D]. up: (gate [F, D], up [F, D]), or both joined along their outputs, or the one matrix of an ungated MLP. up_bias: the same
+    parts as vectors, or (). down [D, F]; down_bias [D] or None.
+    """
+
+    norm: jax.Array
+    up: tuple
+    up_bias: tuple
+    down: jax.Array
+    down_bias: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MLPSpec:
+    """What is fixed when a program is compiled. activation: one of `mlp_block.ACTIVATIONS`. gated: act(gate) * up, else act(up)."""
+
+    activation: str
+    gated: bool
+    eps: float
+
+
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
+
+
+def mlp_block(
+    x,
+    weights: MLPWeights,
+    *,
+    spec: MLPSpec,
+    residual=None,
+    max_over_shards: Callable | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """The MLP half of a pre-norm decoder layer, for one tensor shard.
+
+        y = residual + W_down (act(W_gate n) * W_up n) + b_down,     n = rms_norm(x)
+
+    x: float32 [B, T, D]. residual: float32 [B, T, D] or None; under tensor parallelism y is a partial sum, so only one shard passes it
+    (and down_bias). max_over_shards: see `quant_matmul`. Returns float32 [B, T, D]. Raises ShapeError.
+    Source: Shazeer 2020, arXiv:2002.05202.
+    """
+    if x.ndim != 3 or weights.norm.shape != x.shape[-1:]:
+        raise ShapeError(f"mlp_block: x must be [B, T, D] with D as the norm's, got {list(x.shape)} and {list(weights.norm.shape)}")
+    if spec.activation not in ACTIVATIONS:
+        raise ShapeError(f"mlp_block: activation {spec.activation!r} is not one of {ACTIVATIONS}")
+    run = choose("mlp_block", implementation, shape=x.shape, spec=spec)
+    return run.function(x, weights, spec=spec, residual=residual, max_over_shards=max_over_shards)

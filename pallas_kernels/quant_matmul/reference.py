@@ -1,0 +1,32 @@
+"""Matmul with a float or quantised weight in plain jnp, float32 inside: the meaning of the operation."""
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.qtensor import QTensor, dequantize
+from pallas_kernels.quantize import dequantize_activations, quantize_activations
+
+
+@jax.custom_jvp
+def _straight_through(x, value):
+    return value
+
+
+@_straight_through.defjvp
+def _straight_through_jvp(primals, tangents):
+    # rounding has gradient zero almost everywhere; the gradient is taken as if the inputs had not been rounded
+    return primals[1], tangents[0]
+
+
+def quant_matmul(x, w, *, bias, max_over_shards):
+    x = x.astype(jnp.float32)
+    if isinstance(w, QTensor):
+        if w.activation is not None:
+            levels, scales = quantize_activations(
+                jax.lax.stop_gradient(x), w.activation, max_over_shards, implementation="reference"
+            )
+            x = _straight_through(x, dequantize_activations(levels, scales, w.activation))
+        w = dequantize(w)
+    # HIGHEST: on GPUs the default rounds float32 to TF32
+    y = jnp.einsum("...i,oi->...o", x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    return y if bias is None else y + bias.astype(jnp.float32)

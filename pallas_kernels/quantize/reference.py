@@ -1,0 +1,24 @@
+"""Dynamic symmetric quantisation of activations in plain jnp: the meaning of the operation."""
+
+import jax.numpy as jnp
+
+
+def quantize_activations(x, quant, max_over_shards):
+    inputs, x = x.shape[-1], x.astype(jnp.float32)
+    size = quant.group or inputs
+    groups = -(-inputs // size)
+    padded = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, groups * size - inputs)]) if groups * size != inputs else x
+    padded = padded.reshape(*x.shape[:-1], groups, size)
+    largest = jnp.max(jnp.abs(padded), -1, keepdims=True)
+    if quant.group is None and max_over_shards is not None:
+        largest = max_over_shards(largest)
+    scales = largest / 127
+    # a group of zeros has scale 0 and levels 0; the clip only matters for groups of denormal numbers, whose scale is coarse
+    levels = jnp.clip(jnp.rint(padded / jnp.where(scales == 0, 1, scales)), -127, 127).astype(jnp.int8)
+    return levels.reshape(*x.shape[:-1], groups * size)[..., :inputs], scales[..., 0]
+
+
+def dequantize_activations(levels, scales, quant):
+    inputs = levels.shape[-1]
+    spread = jnp.repeat(scales, quant.group or inputs, axis=-1)[..., :inputs]
+    return levels.astype(jnp.float32) * spread

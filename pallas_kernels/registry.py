@@ -1,0 +1,117 @@
+"""Implementations of operations by name: how an operation finds its kernel, and how users add their own.
+
+    register("rms_norm", "mine", my_function, supports=lambda target, facts: target.platform == "gpu", priority=50)
+
+An operation asks for the facts of its arguments to be judged while it is traced; a compiled program keeps what was chosen then.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from pallas_kernels.errors import BackendError
+from pallas_kernels.target import Target, current_target
+
+Supports = Callable[[Target, Mapping[str, Any]], bool | str]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Implementation:
+    """One way to run an operation.
+
+    supports(target, facts): True where it can run, else False or, better, a sentence that says why not.
+    priority: among those that can run, the highest is taken; a reference has 0.
+    """
+
+    op: str
+    name: str
+    function: Callable[..., Any]
+    supports: Supports
+    priority: int
+
+    def refusal(self, target: Target, facts: Mapping[str, Any]) -> str | None:
+        """Why it cannot run here, or None where it can."""
+        answer = self.supports(target, facts)
+        if isinstance(answer, str):
+            return answer
+        return None if answer else f"it does not support {target.platform} ({target.device_kind}) with {_written(facts)}"
+
+
+_OPERATIONS: dict[str, dict[str, Implementation]] = {}
+
+
+def _everywhere(target: Target, facts: Mapping[str, Any]) -> bool:
+    return True
+
+
+def register(
+    op: str,
+    name: str,
+    function: Callable[..., Any],
+    *,
+    supports: Supports = _everywhere,
+    priority: int = 0,
+    replace: bool = False,
+) -> Implementation:
+    """Add an implementation of an operation, new or known. Raises BackendError for a name that is taken, unless `replace`."""
+    known = _OPERATIONS.setdefault(op, {})
+    if name in known and not replace:
+        raise BackendError(f"{op} has an implementation {name!r} already; choose another name, or pass replace=True")
+    known[name] = Implementation(op=op, name=name, function=function, supports=supports, priority=priority)
+    return known[name]
+
+
+def unregister(op: str, name: str) -> None:
+    """Remove an implementation. Raises BackendError where there is none of that name."""
+    _named(op, name)
+    del _OPERATIONS[op][name]
+    if not _OPERATIONS[op]:
+        del _OPERATIONS[op]
+
+
+def operations() -> tuple[str, ...]:
+    """Names of the operations that have an implementation, sorted."""
+    return tuple(sorted(_OPERATIONS))
+
+
+def implementations(op: str) -> tuple[Implementation, ...]:
+    """What can run an operation, the most preferred first. Raises BackendError for an unknown operation."""
+    if op not in _OPERATIONS:
+        raise BackendError(f"there is no operation {op!r}; known are {', '.join(operations()) or 'none'}")
+    return tuple(sorted(_OPERATIONS[op].values(), key=lambda i: (-i.priority, i.name)))
+
+
+def choose(op: str, implementation: str | None = None, target: Target | None = None, **facts: Any) -> Implementation:
+    """The implementation to run.
+
+    implementation: None takes the most preferred one that can run; a named one runs or raises. target: `current_target()` by
+    default. facts: what the predicates judge (sizes, dtypes, formats). Raises BackendError saying what exists and why it does not fit.
+    """
+    target = target or current_target()
+    if implementation is not None:
+        named = _named(op, implementation)
+        reason = named.refusal(target, facts)
+        if reason is not None:
+            raise BackendError(
+                f"{op}: {implementation!r} cannot run here: {reason}; leave implementation=None to let one be chosen"
+            )
+        return named
+    refusals = []
+    for candidate in implementations(op):
+        reason = candidate.refusal(target, facts)
+        if reason is None:
+            return candidate
+        refusals.append(f"{candidate.name}: {reason}")
+    raise BackendError(f"{op}: nothing can run on {target.platform} ({target.device_kind}): {'; '.join(refusals)}")
+
+
+def _named(op: str, name: str) -> Implementation:
+    known = implementations(op)
+    for candidate in known:
+        if candidate.name == name:
+            return candidate
+    raise BackendError(f"{op} has no implementation {name!r}; there are {', '.join(i.name for i in known)}")
+
+
+def _written(facts: Mapping[str, Any]) -> str:
+    return ", ".join(f"{k}={v}" for k, v in facts.items()) or "these arguments"

@@ -1,0 +1,48 @@
+"""Rotary positions on queries and keys, and the write of keys and values into the cache, as one operation."""
+
+import jax
+
+from pallas_kernels.errors import ShapeError
+from pallas_kernels.layer_cache import LayerCache
+from pallas_kernels.registry import choose, register
+from pallas_kernels.rope_cache import reference
+
+register("rope", "reference", reference.rope)
+register("rope_cache", "reference", reference.rope_cache)
+
+
+def rope(x, cos, sin, *, implementation: str | None = None) -> jax.Array:
+    """Rotate heads in the half-split layout.
+
+        y[i] = x[i] cos[i] - x[i + R/2] sin[i],  y[i + R/2] = x[i + R/2] cos[i] + x[i] sin[i],   i < R/2; x[R:] unchanged
+
+    x: float [B, T, N, H]. cos, sin: float32 [B, T, R/2] with R <= H (partial rotary). Returns float32 [B, T, N, H].
+    Source: Su et al. 2021, arXiv:2104.09864, in the layout of GPT-NeoX and Hugging Face.
+    """
+    _check_angles("rope", x, cos, sin)
+    return choose("rope", implementation, shape=x.shape).function(x, cos, sin)
+
+
+def rope_cache(
+    q, k, v, cos, sin, cache: LayerCache, *, rows, positions, write, implementation: str | None = None
+) -> tuple[jax.Array, LayerCache]:
+    """`rope` on q and k, then keys and values written into their rows of the cache.
+
+    q: float [B, T, N, H]; k, v: float [B, T, K, H]. cos, sin: see `rope`. cache: [R, K, S, H] arrays. rows: int32 [B], the cache row
+    of each sequence, or None where the rows are the batch. positions: int32 [B, T], where each token goes. write: bool [B, T];
+    False drops the write, and so does a position past S. Returns the rotated q, float32 [B, T, N, H], and the cache.
+    """
+    _check_angles("rope_cache", q, cos, sin)
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or (k.shape[2], k.shape[3]) != (cache.k.shape[1], cache.k.shape[3]):
+        raise ShapeError(f"rope_cache: k {list(k.shape)} and v {list(v.shape)} do not fit a cache {list(cache.k.shape)}")
+    if rows is None and cache.rows != q.shape[0]:
+        raise ShapeError(f"rope_cache: without row ids the cache must have {q.shape[0]} rows, it has {cache.rows}")
+    run = choose("rope_cache", implementation, shape=q.shape, cache_dtype=str(cache.k.dtype))
+    return run.function(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write)
+
+
+def _check_angles(op, x, cos, sin):
+    if x.ndim != 4 or cos.shape != sin.shape or cos.shape[:2] != x.shape[:2] or 2 * cos.shape[2] > x.shape[3]:
+        raise ShapeError(
+            f"{op}: heads must be [B, T, N, H] and angles [B, T, R/2] with R <= H, got {list(x.shape)} and {list(cos.shape)}"
+        )

@@ -1,0 +1,74 @@
+#!/usr/bin/env bash
+# The checks of this repository: format, lint, types, tests.
+set -euo pipefail
+
+usage() {
+  cat <<'HELP'
+Usage: scripts/test.sh [--slow | --oracle | --all] [PYTEST ARGUMENT ...]
+
+Makes the environment (.venv, or the folder named by JAXINFER_VENV) with what tests need, fetches the small model that some of
+them read (93 MB, once), checks format, lint and types, and runs the tests on the CPU.
+
+  (no option)   everything that takes seconds: no slow, gpu, root or oracle tests
+  --slow        the slow tests instead, without format, lint and types
+  --oracle      the comparison with transformers on torch instead, in an environment made by scripts/oracle_env.sh
+  --all         all of these, and the root tests when run as root
+
+Further arguments go to pytest, for instance: scripts/test.sh -k rope -x
+  JAXINFER_TEST_GGUF=/path/to/SmolLM2-135M-Instruct.Q4_1.gguf   use this file instead of fetching it
+HELP
+}
+
+mode=quick
+case ${1:-} in
+  -h | --help)
+    usage
+    exit 0
+    ;;
+  --slow | --oracle | --all)
+    mode=${1#--}
+    shift
+    ;;
+esac
+
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+make_env test
+cd "$JAXINFER_ROOT"
+bin=$(dirname "$JAXINFER_PYTHON")
+
+gguf=${JAXINFER_TEST_GGUF:-}
+[ -n "$gguf" ] || gguf=$("$JAXINFER_PYTHON" -m jaxinfer.demo)
+[ -f "$gguf" ] || { say "JAXINFER_TEST_GGUF=$gguf: there is no such file"; exit 1; }
+export JAXINFER_TEST_GGUF=$gguf
+export JAX_PLATFORMS=cpu
+export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$JAXINFER_CACHE/tests-xla}
+
+if [ "$mode" = oracle ] || [ "$mode" = all ]; then
+  JAXINFER_ORACLE_PYTHON=$("$JAXINFER_ROOT/scripts/oracle_env.sh")
+  export JAXINFER_ORACLE_PYTHON
+fi
+
+case $mode in
+  quick) marks="not slow and not gpu and not root and not oracle" ;;
+  slow) marks="slow and not gpu and not root and not oracle" ;;
+  oracle) marks="oracle" ;;
+  all) if [ "$(id -u)" = 0 ]; then marks="not gpu"; else marks="not gpu and not root"; fi ;;
+esac
+
+if [ "$mode" = quick ] || [ "$mode" = all ]; then
+  "$bin/ruff" check .
+  "$bin/ruff" format --check .
+  "$bin/mypy"
+fi
+
+if [ "$mode" != quick ]; then
+  # A kind without any test yet is no failure; pytest's status for "no tests" is 5.
+  status=0
+  "$JAXINFER_PYTHON" -m pytest -m "$marks" --collect-only -qq "$@" >/dev/null || status=$?
+  if [ "$status" = 5 ]; then
+    say "There are no such tests: $marks"
+    exit 0
+  fi
+fi
+exec "$JAXINFER_PYTHON" -m pytest -m "$marks" "$@"

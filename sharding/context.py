@@ -1,0 +1,97 @@
+"""ParallelContext: how a block reaches its collectives. Without one they are identities, so that a module is an ordinary one."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import Mesh
+
+from sharding import collectives
+from sharding.mesh import check_mesh
+from sharding.rules import DATA, STAGE, TENSOR_AXES
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ParallelContext:
+    """Names of the mesh axes that are larger than 1, as seen inside shard_map. An axis of size 1 emits no collective.
+
+    tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. data: the batch axis or None.
+    """
+
+    tensor: tuple[str, ...] = ()
+    stage: str | None = None
+    stages: int = 1
+    data: str | None = None
+
+    @classmethod
+    def from_mesh(cls, mesh: Mesh) -> "ParallelContext":
+        check_mesh(mesh)
+        large = {name for name, size in mesh.shape.items() if size > 1}
+        return cls(
+            tensor=tuple(a for a in TENSOR_AXES if a in large),
+            stage=STAGE if STAGE in large else None,
+            stages=mesh.shape[STAGE],
+            data=DATA if DATA in large else None,
+        )
+
+    # --- tensor parallelism
+    def enter(self, x):
+        """`x` into a tensor-parallel region (a gradient rule only)."""
+        return collectives.enter(x, self.tensor) if self.tensor and x is not None else x
+
+    def leave(self, x):
+        """The sum of partial results over the tensor shards."""
+        return collectives.leave(x, self.tensor) if self.tensor else x
+
+    def on_first_rank(self, x):
+        """The share of a replicated `x` in a partial sum: all of it on tensor rank 0. `x` has been through `enter`, else its gradient
+        would live on that rank alone."""
+        if not self.tensor or x is None:
+            return x
+        return jnp.where(lax.axis_index(self.tensor) == 0, x, 0)
+
+    def max_over_tensor(self, x):
+        """Largest value over the tensor shards: scales of activations that are split."""
+        return lax.pmax(x, self.tensor) if self.tensor else x
+
+    # --- the vocabulary, split over stages and tensor shards
+    @property
+    def vocab(self) -> tuple[str, ...]:
+        return ((self.stage,) if self.stage else ()) + self.tensor
+
+    def vocab_index(self):
+        """Which shard of the vocabulary this device holds, int32 scalar."""
+        return lax.axis_index(self.vocab) if self.vocab else jnp.int32(0)
+
+    def enter_vocab(self, x):
+        return collectives.enter(x, self.vocab) if self.vocab else x
+
+    def leave_vocab(self, x):
+        return collectives.leave(x, self.vocab) if self.vocab else x
+
+    def gather_vocab(self, x):
+        """Join shards of the vocabulary along the last axis."""
+        return collectives.gather_shards(x, self.vocab, x.ndim - 1) if self.vocab else x
+
+    def max_over_vocab(self, x):
+        return lax.pmax(x, self.vocab) if self.vocab else x
+
+    def min_over_vocab(self, x):
+        return lax.pmin(x, self.vocab) if self.vocab else x
+
+    # --- the pipeline
+    def stage_index(self):
+        """This device's stage, int32 scalar."""
+        return lax.axis_index(self.stage) if self.stage else jnp.int32(0)
+
+    def next_stage(self, x):
+        return collectives.next_stage(x, self.stage) if self.stage else x
+
+    def from_last_stage(self, x):
+        """The last stage's `x` on every stage."""
+        if not self.stage:
+            return x
+        return collectives.leave(jnp.where(self.stage_index() == self.stages - 1, x, 0), (self.stage,))
+
+
+ALONE = ParallelContext()
