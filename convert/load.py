@@ -8,6 +8,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
+import ml_dtypes
 import numpy as np
 
 from convert.errors import NonFiniteWeightError
@@ -40,7 +41,7 @@ class QuantSpec:
 
 def check_finite(array: np.ndarray, name: str) -> np.ndarray:
     """`array` itself. Raises NonFiniteWeightError, with the tensor's name, for NaN or infinity in it; integers pass."""
-    if _is_float(array.dtype) and array.size and not _finite(array):
+    if _is_float(array.dtype) and not all(map(math.isfinite, _extremes(array))):
         bad = ~np.isfinite(array.astype(np.float32))
         raise NonFiniteWeightError(
             f"{name} holds {int(bad.sum())} NaN or infinite values among {array.size}; the checkpoint is damaged: get it again"
@@ -52,23 +53,24 @@ def _is_float(dtype: np.dtype) -> bool:
     return dtype.kind == "f" or (dtype.kind == "V" and dtype.name in ("bfloat16", "float8_e4m3fn", "float8_e5m2"))
 
 
-def _finite(array: np.ndarray) -> bool:
-    # min and max carry NaN and infinity on; the exact dtypes of ml_dtypes reduce slowly, so they go through float32
-    wide = array if array.dtype.kind == "f" else array.astype(np.float32)
-    return bool(np.isfinite(wide.min()) and np.isfinite(wide.max()))
+def _extremes(array: np.ndarray) -> tuple[float, ...]:
+    """The least and the largest value, which carry NaN and infinity on; nothing of an empty array."""
+    # the dtypes of ml_dtypes reduce slowly, so they go through float32
+    wide = array if array.dtype.kind in "fiu" else array.astype(np.float32)
+    return (float(wide.min()), float(wide.max())) if array.size else ()
 
 
 def _check_parts(q: QTensor, name: str) -> QTensor:
-    check_finite(q.scales, f"{name} (scales)")
+    check_finite(np.asarray(q.scales), f"{name} (scales)")
     if q.zeros is not None:
-        check_finite(q.zeros, f"{name} (zeros)")
+        check_finite(np.asarray(q.zeros), f"{name} (zeros)")
     return q
 
 
 def _float_pieces(t: LazyTensor, units: Sequence[Units | None]) -> Iterator[tuple[slice | tuple, np.ndarray]]:
     """A shard as checked float pieces along its first axis: (place in the result, values). Packed tensors are dequantised."""
     if not t.shape:
-        yield (), check_finite(t.read(units), t.name)
+        yield (), check_finite(np.asarray(t.read(units)), t.name)
         return
     # at most float32, and half of CHUNK_BYTES each because dequantising holds several arrays of a piece
     row_bytes = math.prod(shard_shape(t.shape, units)[1:]) * 8
@@ -89,18 +91,18 @@ class _Cast(_Wrapper):
     def __init__(self, source: LazyTensor, dtype: np.dtype):
         super().__init__(source)
         self.dtype = dtype
+        self._limit = float(ml_dtypes.finfo(dtype).max)
 
     def read(self, units: Shard = None) -> np.ndarray:
         units = self.shard(units)
         out = np.empty(shard_shape(self.shape, units), self.dtype)
         for place, piece in _float_pieces(self._source, units):
-            with np.errstate(over="ignore"):
-                out[place] = piece
-            if _is_float(self.dtype) and piece.size and not _finite(out[place]):
-                largest = float(np.abs(piece.astype(np.float32)).max())
+            largest = max(map(abs, _extremes(piece)), default=0.0)
+            if largest > self._limit:
                 raise NonFiniteWeightError(
-                    f"{self.name} holds values up to {largest:g}, over {self.dtype.name}'s largest; choose bfloat16 or float32"
+                    f"{self.name} holds values up to {largest:g}, {self.dtype.name} only up to {self._limit:g}; use another"
                 )
+            out[place] = piece
         return out
 
 
@@ -116,13 +118,16 @@ class _Checked(_Wrapper):
         return _check_parts(value, self.name) if isinstance(value, QTensor) else check_finite(value, self.name)
 
 
-class _WithActivation(_Checked):
-    def __init__(self, source: LazyTensor, activation: ActivationQuant | None):
+class _WithActivation(_Wrapper):
+    def __init__(self, source: LazyTensor, packed: PackedFormat):
         super().__init__(source)
-        self.packed = dataclasses.replace(source.packed, activation=activation)
+        self.dtype, self.packed = source.dtype, packed
+        self._activation = packed.activation
 
     def read(self, units: Shard = None) -> QTensor:
-        return super().read(units).replace(activation=self.packed.activation)
+        value = self._source.read(units)
+        assert isinstance(value, QTensor)  # a packed source
+        return _check_parts(value, self.name).replace(activation=self._activation)
 
 
 class _Quantized(_Wrapper):
@@ -140,7 +145,7 @@ class _Quantized(_Wrapper):
         self._spec = spec
         scale = np.dtype(np.float32 if spec.group is None else np.float16)
         zeros = None if spec.symmetric else scale
-        self.packed = PackedFormat(
+        self.packed = self._packed = PackedFormat(
             format=spec.format,
             group=spec.group,
             zeros=not spec.symmetric,
@@ -153,20 +158,24 @@ class _Quantized(_Wrapper):
         *lead, columns = self.shard(units)
         spec, inputs = self._spec, self.shape[-1]
         # the logical tensor is quantised, so that every mesh holds the same bytes: a scale sees all of its inputs
-        cover = columns and cover_columns(columns, spec.group or inputs, inputs)
-        read = (*lead, cover and cover.read)
+        cover = cover_columns(columns, spec.group or inputs, inputs) if columns else None
+        read = (*lead, cover.read if cover else None)
         shape = shard_shape(self.shape, read)
-        values = np.empty(*_values_layout(shape, spec.format))
-        scales = np.empty((*shape[:-1], shape[-1] // (spec.group or inputs)), self.packed.scale_dtype)
-        zeros = np.empty_like(scales) if self.packed.zeros else None
+        values: np.ndarray = np.empty(*_values_layout(shape, spec.format))
+        scales = np.empty((*shape[:-1], shape[-1] // (spec.group or inputs)), self._packed.scale_dtype)
+        zeros = np.empty_like(scales) if self._packed.zeros else None
         for place, piece in _float_pieces(self._source, read):
             try:
-                q = qtensor.round_to_nearest(piece, format=spec.format, group=spec.group, symmetric=spec.symmetric)
+                with np.errstate(over="ignore"):  # a value too large for the scales is raised as an error
+                    q = qtensor.round_to_nearest(piece, format=spec.format, group=spec.group, symmetric=spec.symmetric)
             except QuantizationError as error:
                 raise QuantizationError(f"{self.name}: {error}") from error
             values[place], scales[place] = q.values, q.scales
             if zeros is not None:
                 zeros[place] = q.zeros
+        for axis, unit in enumerate(lead):  # padding holds the same bytes however a shard was made, as in qtensor.take
+            if unit is not None:
+                values[(slice(None),) * axis + (unit.elements < 0,)] = 0
         whole = QTensor(
             values=values, scales=scales, zeros=zeros, format=spec.format, group=spec.group, activation=spec.activation
         )
@@ -208,7 +217,7 @@ def with_activation(t: LazyTensor, activation: ActivationQuant | None) -> LazyTe
     """A packed tensor as it is, its inputs quantised as `activation` says. Raises QuantizationError if it is not packed."""
     if t.packed is None:
         raise QuantizationError(f"{t.name} is not packed; use quantized(t, QuantSpec(..., activation=...))")
-    return _WithActivation(t, activation)
+    return _WithActivation(t, dataclasses.replace(t.packed, activation=activation))
 
 
 def materialize(tensors: Mapping[str, LazyTensor], progress: Progress | None = None) -> dict[str, np.ndarray | QTensor]:

@@ -7,6 +7,7 @@
 The folder is written beside its place under a temporary name and renamed when it is complete.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import fcntl
@@ -17,11 +18,11 @@ import secrets
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from convert.errors import DestinationExistsError
@@ -30,8 +31,8 @@ from convert.readers import DESCRIPTION, FORMAT_VERSION, PARAMS
 from convert.readers.base import LazyTensor, TokenizerAssets
 from pallas_kernels.qtensor import QTensor, repack
 
-
 CHUNK_BYTES = 8 << 20  # of a stored chunk: the least that a shard reads
+FILE_BYTES = 256 << 20  # of a data file; a whole one of the default 2 GB is slower to write
 
 
 def save_native(
@@ -45,7 +46,7 @@ def save_native(
 ) -> None:
     """Read every tensor in its target form and write a native checkpoint; it is complete when this returns.
 
-    config: JSON values. tensors: by module path; what they read is stored. progress(done, total, name): bytes read, then written.
+    config: JSON values. tensors: by module path; what they read is stored. progress(done, total, name): bytes read and written.
     An exception, Ctrl-C or SIGTERM on the way removes what was written and leaves `dst` as it was; what a SIGKILL leaves behind
     is removed by the next conversion to the same `dst`. Raises DestinationExistsError where `dst` holds something, unless
     `overwrite` is given and it is a native checkpoint, which is then replaced once the new one is complete.
@@ -86,7 +87,7 @@ def _describe(value: np.ndarray | QTensor) -> dict[str, Any]:
 def _save_params(folder: Path, arrays: Mapping[str, np.ndarray | QTensor]) -> None:
     import orbax.checkpoint as ocp  # takes over a second to import
 
-    tree = {}
+    tree: dict[str, Any] = {}
     for path, value in arrays.items():
         if isinstance(value, QTensor):
             q = repack(value, "canonical")
@@ -94,11 +95,31 @@ def _save_params(folder: Path, arrays: Mapping[str, np.ndarray | QTensor]) -> No
             tree |= {f"{path}/{part}": array for part, array in parts.items() if array is not None}
         else:
             tree[path] = value
-    # weights hardly compress, and a load would wait for it
-    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=True, use_zarr3=False, use_compression=False, save_concurrent_gb=1)
+    # Orbax copies host arrays first, because a save may go on in the background; this one does not
+    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=ocp.type_handlers.create_type_handler_registry(
+            (np.ndarray, numpy_handler), (jax.Array, ocp.type_handlers.ArrayHandler())
+        ),
+        use_ocdbt=True,
+        use_zarr3=False,
+        use_compression=False,  # weights hardly compress, and loading would wait for it
+    )
     chunks = dict.fromkeys(tree, ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES))
-    with ocp.Checkpointer(handler) as checkpointer:  # the synchronous one
-        checkpointer.save(folder, args=ocp.args.PyTreeSave(tree, save_args=chunks))
+    args = ocp.args.PyTreeSave(tree, save_args=chunks, ocdbt_target_data_file_size=FILE_BYTES)
+
+    def write():
+        with ocp.Checkpointer(handler) as checkpointer:  # the synchronous one
+            checkpointer.save(folder, args=args)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        writing = pool.submit(write)
+        try:
+            writing.result()
+        except BaseException:
+            if not writing.done():  # interrupted while waiting: Orbax's threads go on writing
+                _block(folder.parent)
+            raise
 
 
 def _save_assets(folder: Path, assets: TokenizerAssets) -> None:
@@ -160,12 +181,20 @@ def _temporary(dst: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _remove(folder: Path) -> None:
-    for _ in range(20):  # Orbax's threads may still be writing after an interruption
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _block(folder: Path) -> None:
+    """Put an empty file in the place of a folder, so that threads which are still writing to it fail at once."""
+    for _ in range(1000):  # they may make the folder again between the two steps
         shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
+        with contextlib.suppress(FileExistsError):
+            folder.touch(exist_ok=False)
             return
-        time.sleep(0.05)
 
 
 def _remove_stale(dst: Path) -> None:

@@ -20,7 +20,7 @@ from convert.readers.base import LazyTensor, Shard
 from pallas_kernels.qtensor import QTensor
 from sharding.partition import Units
 
-HINTED = 50  # problems of one kind that get a nearest name; finding one compares with every name
+HINTED = 20  # problems of one kind that get a nearest name; finding one compares with every name
 
 
 class Transform:
@@ -169,8 +169,7 @@ def bind(
     """Give every module path its tensor.
 
     rules: the family's table. tensors: of a Checkpoint. expected: shape of each module path. ignore: names, with {i} or *, that
-    may be present without a use (a buffer, lm_head of a tied model); a name that a rule gives to an expected path is used all the
-    same.
+    may be present without a use (a buffer, lm_head of a tied model); a name that a rule gives to an expected path is used.
 
     Raises MissingTensorError, UnexpectedTensorError (unknown, or set twice) or TensorShapeError, or CheckpointMismatchError
     where there are several kinds; each lists every problem of the checkpoint, with the nearest name.
@@ -223,7 +222,7 @@ def _absent_text(sources: list[str]) -> str:
 def _hint(names: Sequence[str], candidates: Sequence[str], number: int) -> str:
     if number >= HINTED or not names:
         return ""
-    close = difflib.get_close_matches(names[0], candidates, n=1, cutoff=0.8)
+    close = difflib.get_close_matches(names[0], candidates, n=1, cutoff=0.88)
     return f"; the nearest is {close[0]}" if close else ""
 
 

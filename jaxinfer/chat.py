@@ -30,7 +30,7 @@ class ChatTemplateError(TextError):
 class _Generation(jinja2.ext.Extension):
     """`{% generation %} ... {% endgeneration %}` marks the assistant's text for training; here its body is simply rendered."""
 
-    tags = frozenset({"generation"})
+    tags = {"generation"}  # noqa: RUF012 (the type that jinja2 declares)
 
     def parse(self, parser):
         line = next(parser.stream).lineno

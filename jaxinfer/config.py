@@ -63,13 +63,17 @@ class QuantizationConfig:
         if self.head_bits not in (8, 16):
             raise ConfigError(f"quantization.head_bits is {self.head_bits!r}; choose 8 or 16")
         if self.weight_bits == 8 and not self.symmetric:
-            raise ConfigError("quantization.symmetric is False: INT8 weights are symmetric; asymmetric exists for weight_bits 4")
+            raise ConfigError(
+                "quantization.symmetric is False: INT8 weights are symmetric; asymmetric exists for weight_bits 4"
+            )
         if self.weight_bits == 4 and self.group_size not in (None, 32, 64, 128):
             raise ConfigError(f"quantization.group_size is {self.group_size!r}; INT4 needs groups of 32, 64 or 128")
         if self.group_size is not None:
             _whole("quantization", "group_size", self.group_size, 0)
             if self.group_size % 2:
-                raise ConfigError(f"quantization.group_size is {self.group_size}; give an even number, or 0 for one scale a channel")
+                raise ConfigError(
+                    f"quantization.group_size is {self.group_size}; give an even number, or 0 for one scale a channel"
+                )
         _whole("quantization", "activation_group_size", self.activation_group_size, 0)
 
     @property
@@ -87,7 +91,9 @@ class QuantizationConfig:
         """From a short form: int8, int4, w8a8, w8a16, w4a16, w4a8; then -g64 (weight group), -asym, -token (one activation scale a token)."""
         m = re.fullmatch(r"(int8|int4|w([48])a(8|16))((?:-g\d+|-asym|-token)*)", spec)
         if not m:
-            raise ConfigError(f"quantisation {spec!r} is not understood; examples: int8, int4, w8a16, w4a16-g32, w4a16-g64-asym, w8a8-token")
+            raise ConfigError(
+                f"quantisation {spec!r} is not understood; examples: int8, int4, w8a16, w4a16-g32, w4a16-g64-asym, w8a8-token"
+            )
         options = m[4].split("-")[1:]
         groups = [int(o[1:]) for o in options if o[0] == "g"]
         return cls(
@@ -205,7 +211,10 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
         checks = {
-            "max_tokens": (self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1), "at least 1, or None"),
+            "max_tokens": (
+                self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1),
+                "at least 1, or None",
+            ),
             "temperature": (number(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
             "top_k": (type(self.top_k) is int and self.top_k >= 0, "0 (off) or more"),
             "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1 (off)"),

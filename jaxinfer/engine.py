@@ -6,14 +6,12 @@ program serves every number of steps.
 
 import collections
 import contextlib
-import dataclasses
 import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
@@ -63,13 +61,16 @@ class Engine:
     """A placed model that generates. Made by `jaxinfer.init_inference`.
 
     params: the weights, DecoderWeights of device arrays: the first argument of the pure calls. tokenizer may be None: prompts are
-    token ids then.
+    token ids then. eos_ids: tokens that end a text, besides the tokenizer's.
     """
 
-    def __init__(self, placed: Placed, config: EngineConfig, tokenizer: Tokenizer | None = None):
+    def __init__(
+        self, placed: Placed, config: EngineConfig, tokenizer: Tokenizer | None = None, *, eos_ids: Sequence[int] = ()
+    ):
         self.config, self.tokenizer, self.plan, self.mesh = config, tokenizer, placed.plan, placed.mesh
         self._placed: Placed | None = placed
         self._cache_dtype = cache_dtype(config.kv_cache.dtype or config.dtype or "float32")
+        self.eos_ids = tuple(dict.fromkeys((*eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
         self._programs: dict = {}
         self._resting: tuple[int, State] | None = None  # a state that no request uses
         self._lock = threading.Lock()
@@ -81,10 +82,6 @@ class Engine:
     @property
     def stages(self) -> int:
         return self.plan.context.stages
-
-    @property
-    def eos_ids(self) -> tuple[int, ...]:
-        return self.tokenizer.eos_ids if self.tokenizer else ()
 
     def close(self) -> None:
         """Give weights, caches and programs back. Later calls raise EngineStateError."""
@@ -213,7 +210,13 @@ class Engine:
                 results.append(ScoreResult(token_ids=prompt, logprobs=[None, *logprobs], greedy_token_ids=[None, *greedy]))
         return results[0] if single else results
 
-    def warmup(self, *, prompt_tokens: Sequence[int] = (SMALLEST_BUCKET,), batches: Sequence[int] = (1,), progress: Progress | None = None):
+    def warmup(
+        self,
+        *,
+        prompt_tokens: Sequence[int] = (SMALLEST_BUCKET,),
+        batches: Sequence[int] = (1,),
+        progress: Progress | None = None,
+    ):
         """Compile, and run once, what requests of these prompt lengths and batch sizes need."""
         work = [(n, b) for b in batches for n in prompt_tokens]
         for done, (tokens, batch) in enumerate(work):

@@ -242,7 +242,7 @@ def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tupl
     valid = _of(state.active, enters, M)
     if M > 1:
         x, valid = jnp.where(stage == 0, x, state.hidden), jnp.where(stage == 0, valid, state.valid)
-    positions = _of(state.lengths, here, M)
+    positions = jnp.minimum(_of(state.lengths, here, M), state.caches[0].tokens - 1)  # a row that is full has ended
     rows = None if M == 1 else here * B + jnp.arange(B, dtype=jnp.int32)
     y, caches = cached_layers(
         weights.layers,
@@ -253,7 +253,6 @@ def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tupl
         plan.layer_spec,
         ctx,
         rows=rows,
-        write=valid[:, None],
         used=_used(plan),
     )
     y = y[:, 0]

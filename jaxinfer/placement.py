@@ -120,7 +120,9 @@ class Placed:
     @property
     def nbytes(self) -> int:
         """Bytes over all devices, replicas and padding included."""
-        return sum(math.prod(s.data.shape) * a.dtype.itemsize for a in jax.tree.leaves(self.weights) for s in a.addressable_shards)
+        return sum(
+            math.prod(s.data.shape) * a.dtype.itemsize for a in jax.tree.leaves(self.weights) for s in a.addressable_shards
+        )
 
 
 def local_layers(weights: DecoderWeights) -> DecoderWeights:
@@ -158,11 +160,13 @@ class _Placer:
     def _units(self) -> dict[str, tuple[Units, ...]]:
         """For every logical axis that is split: what each of its shards holds."""
         config, heads = self.plan.config, self.plan.heads
-        # a shard of the mlp holds whole groups of every weight that contracts over it
+        # a shard of the mlp holds whole groups of every weight that contracts over it; 32 is the block of packed files
         kinds = [_kind(self.source[f"blocks.{i}.mlp.down"]) for i in range(config.layers)] if self.tensor > 1 else []
-        unit = math.lcm(1, *(g for kind in kinds for g in kind.groups))
+        unit = math.lcm(32 if config.mlp.width % 32 == 0 else 1, *(g for kind in kinds for g in kind.groups))
         if config.mlp.width % unit:
-            raise MeshError(f"an mlp of {config.mlp.width} is not made of groups of {unit}; quantise with groups that divide it")
+            raise MeshError(
+                f"an mlp of {config.mlp.width} is not made of groups of {unit}; quantise with groups that divide it"
+            )
         return {
             "heads": heads.query_units(config.attention.head_dim),
             "kv_heads": heads.kv_units(config.attention.head_dim),
@@ -215,15 +219,21 @@ class _Placer:
         kinds = {_kind(self.source[path]): path for path in paths}
         if len(kinds) > 1:
             stored = ", ".join(f"{path} as {kind}" for kind, path in kinds.items())
-            raise MeshError(f"layers that share a pipeline slot are stored differently ({stored}); convert them to one format first")
+            raise MeshError(
+                f"layers that share a pipeline slot are stored differently ({stored}); convert them to one format first"
+            )
         return next(iter(kinds))
 
     def _weight(self, slot: int, half: str, names: Sequence[str]):
         kinds = {self._kind(slot, half, name) for name in names}
         spare = self._kind(0, half, names[0])
         if len(self.plan.counts) > 1 and kinds != {spare}:
-            raise MeshError(f"{half}.{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first")
-        return self._arrays(lambda stage: self._paths(stage, slot, half, names), staged=True, spare=self._paths(0, 0, half, names))
+            raise MeshError(
+                f"{half}.{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first"
+            )
+        return self._arrays(
+            lambda stage: self._paths(stage, slot, half, names), staged=True, spare=self._paths(0, 0, half, names)
+        )
 
     def _arrays(self, paths: Callable[[int], Sequence[str] | None], *, staged: bool, spare: Sequence[str] = ()):
         """One weight on every device of the mesh that is this process's. paths(stage): the tensors that are joined along their

@@ -56,7 +56,13 @@ class Request:
     """One sequence from prompt to result. `push` takes new tokens in order and says what became final."""
 
     def __init__(
-        self, prompt: list[int], params: SamplingParams, *, limit: int, stop_tokens: tuple[int, ...], tokenizer: Tokenizer | None
+        self,
+        prompt: list[int],
+        params: SamplingParams,
+        *,
+        limit: int,
+        stop_tokens: tuple[int, ...],
+        tokenizer: Tokenizer | None,
     ):
         self.prompt, self.params, self.limit, self.stop_tokens = prompt, params, limit, stop_tokens
         self.token_ids: list[int] = []

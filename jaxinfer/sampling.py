@@ -115,7 +115,9 @@ def choose_tokens(logits, sampling: SamplingArrays, steps, ctx: ParallelContext,
 
         token = lax.cond(jnp.any(sampling.temperature > 0), drawn, lambda: argmax(logits, shards))
         logprob = lax.cond(
-            jnp.any(sampling.wants_logprobs), lambda: log_probs(logits, token, shards), lambda: jnp.zeros(token.shape, jnp.float32)
+            jnp.any(sampling.wants_logprobs),
+            lambda: log_probs(logits, token, shards),
+            lambda: jnp.zeros(token.shape, jnp.float32),
         )
         if top:
             values, ids = top_log_probs(logits, top, shards)

@@ -38,7 +38,9 @@ class ActivationQuant:
 
     def __post_init__(self):
         if self.bits != 8:
-            raise QuantizationError(f"activation bits {self.bits}: only 8 is supported; leave activations unquantised otherwise")
+            raise QuantizationError(
+                f"activation bits {self.bits}: only 8 is supported; leave activations unquantised otherwise"
+            )
         if self.group is not None and self.group < 1:
             raise QuantizationError(f"activation group {self.group}: give a positive number of inputs, or None for per token")
 
@@ -222,7 +224,9 @@ def repack(q: QTensor, layout: str) -> QTensor:
     if layout == "cpu32":
         outputs, inputs = q.values.shape[-2:]
         if outputs % 32 or inputs % per_lane:
-            raise QuantizationError(f"cpu32 needs outputs in multiples of 32 and inputs of {per_lane}, got {outputs} x {inputs}")
+            raise QuantizationError(
+                f"cpu32 needs outputs in multiples of 32 and inputs of {per_lane}, got {outputs} x {inputs}"
+            )
         tile = lambda a, c: a.reshape(*a.shape[:-2], -1, 32, a.shape[-1] // c, c).swapaxes(-3, -2)
         return _map_parts(q, lambda v: tile(v, per_lane), lambda s: tile(s, 1)[..., 0], layout)
     untile = lambda a: a.swapaxes(-3, -2).reshape(*a.shape[:-4], a.shape[-4] * 32, -1)
@@ -251,7 +255,10 @@ def regroup(q: QTensor, group: int) -> QTensor:
 def concatenate(parts, axis: int = -2) -> QTensor:
     """Join canonical QTensors of one format along their outputs."""
     first = parts[0]
-    if any((p.format, p.group, p.layout, p.activation) != (first.format, first.group, first.layout, first.activation) for p in parts):
+    if any(
+        (p.format, p.group, p.layout, p.activation) != (first.format, first.group, first.layout, first.activation)
+        for p in parts
+    ):
         raise QuantizationError("only weights of one format, group, layout and activation can be joined")
     xp = _namespace(first.values)
     return jax.tree.map(lambda *a: xp.concatenate(a, axis), *parts)

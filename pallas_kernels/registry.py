@@ -85,7 +85,8 @@ def choose(op: str, implementation: str | None = None, target: Target | None = N
     """The implementation to run.
 
     implementation: None takes the most preferred one that can run; a named one runs or raises. target: `current_target()` by
-    default. facts: what the predicates judge (sizes, dtypes, formats). Raises BackendError saying what exists and why it does not fit.
+    default. facts: what the predicates judge (sizes, dtypes, formats). Raises BackendError saying what exists and why it does
+    not fit.
     """
     target = target or current_target()
     if implementation is not None:

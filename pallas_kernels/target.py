@@ -17,7 +17,7 @@ class Target:
 
 
 def current_target() -> Target:
-    """The target of the code being traced: the mesh's device inside `jax.shard_map` (deviceless compiles too), else the default backend's."""
+    """The target of the code being traced: the mesh's device in `jax.shard_map`, deviceless too, else the default backend's."""
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is None:
         # local_devices and not devices: a process of a multi-host job compiles for what it holds

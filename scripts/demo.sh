@@ -41,8 +41,9 @@ converted_demo() {
   # v1 is the format_version of that form: a later one is converted anew beside it.
   local gguf folder=$JAXINFER_CACHE/models/SmolLM2-135M-Instruct-float32-int8-v1
   if [ ! -f "$folder/jaxinfer.json" ]; then
-    gguf=$("$JAXINFER_PYTHON" -m jaxinfer.demo)
-    "$command" convert "$gguf" "$folder" --dtype float32 --quantize int8 >&2
+    # bash does not end a function in $(...) at its first failure by itself
+    gguf=$("$JAXINFER_PYTHON" -m jaxinfer.demo) || return
+    "$command" convert "$gguf" "$folder" --dtype float32 --quantize int8 >&2 || return
   fi
   printf '%s\n' "$folder"
 }

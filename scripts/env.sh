@@ -71,10 +71,10 @@ new_env() {
       return 1
     fi
     say "The environment $folder has no Python from $2 to $3 that works: making it anew"
-    python=$(find_python "$2" "$3")
+    python=$(find_python "$2" "$3") || return
     rm -rf "$folder"
   else
-    python=$(find_python "$2" "$3")
+    python=$(find_python "$2" "$3") || return
   fi
   say "Making the environment $folder with $("$python" --version) ..."
   "$python" -m venv "$folder"

@@ -34,4 +34,6 @@ def make_mesh(
 def check_mesh(mesh: Mesh) -> None:
     """Raise MeshError unless `mesh` has the four axes in their order."""
     if tuple(mesh.axis_names) != MESH_AXES:
-        raise MeshError(f"the mesh has axes {tuple(mesh.axis_names)}, needed are {MESH_AXES}; build it with sharding.mesh.make_mesh")
+        raise MeshError(
+            f"the mesh has axes {tuple(mesh.axis_names)}, needed are {MESH_AXES}; build it with sharding.mesh.make_mesh"
+        )

@@ -74,9 +74,13 @@ def split_even(size: int, shards: int, unit: int = 1) -> tuple[Units, ...]:
         raise MeshError(f"an axis of {size} elements is not made of units of {unit}; choose a unit that divides it")
     units = size // unit
     each = math.ceil(units / shards)
-    return tuple(
-        Units(unit, tuple(i if i < units else -1 for i in range(s * each, (s + 1) * each))) for s in range(shards)
-    )
+    out = []
+    for s in range(shards):
+        if (s + 1) * each <= units:
+            out.append(Units(each * unit, (s,)))  # one run, read as one slice
+        else:
+            out.append(Units(unit, tuple(i if i < units else -1 for i in range(s * each, (s + 1) * each))))
+    return tuple(out)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,7 +39,9 @@ def spec(axes: Sequence[str | None]) -> PartitionSpec:
         mesh_axes = RULES[name] if name else ()
         for axis in mesh_axes:
             if axis in used:
-                raise AxisRuleError(f"axes {used[axis]!r} and {name!r} of {tuple(axes)} would both be split over mesh axis {axis!r}")
+                raise AxisRuleError(
+                    f"axes {used[axis]!r} and {name!r} of {tuple(axes)} would both be split over mesh axis {axis!r}"
+                )
             used[axis] = str(name)
         entries.append(mesh_axes or None)
     return PartitionSpec(*entries)

@@ -65,7 +65,7 @@ class LazyTensor(abc.ABC):
         """Bytes of the whole tensor as `read` returns it."""
         if self.packed is None:
             return math.prod(self.shape) * self.dtype.itemsize
-        per_scale = self.packed.scale_dtype.itemsize + (self.packed.zeros_dtype.itemsize if self.packed.zeros else 0)
+        per_scale = self.packed.scale_dtype.itemsize + (self.packed.zeros_dtype.itemsize if self.packed.zeros_dtype else 0)
         bits = 4 if self.packed.format == "int4" else 8
         scales = math.prod(self.shape[:-1]) * (self.shape[-1] // (self.packed.group or self.shape[-1]))
         return math.prod(self.shape) * bits // 8 + scales * per_scale
@@ -142,10 +142,10 @@ class ColumnCover:
 def cover_columns(unit: Units, group: int, inputs: int) -> ColumnCover:
     """Which groups to read of an axis of `inputs` elements in groups of `group`, so that `unit` can be cut out of them."""
     size = math.lcm(unit.size, group)
-    if inputs % size:  # units that straddle the last group: read the whole axis
-        return ColumnCover(Units(inputs, (0,)), unit.size, unit.indices)
     per = size // unit.size
     blocks = sorted({i // per for i in unit.indices if i >= 0}) or [0]  # a shard of nothing but padding still needs a shape
+    if (blocks[-1] + 1) * size > inputs:  # whole groups of whole units would go past the end: read the whole axis
+        return ColumnCover(Units(inputs, (0,)), unit.size, unit.indices)
     rank = {block: r for r, block in enumerate(blocks)}
     indices = tuple(-1 if i < 0 else rank[i // per] * per + i % per for i in unit.indices)
     return ColumnCover(Units(size, tuple(blocks)), unit.size, indices)

@@ -53,7 +53,7 @@ PACKED = {
     Type.Q4_1: PackedFormat(format="int4", group=BLOCK, zeros=True, zeros_dtype=FLOAT16),
     Type.Q8_0: PackedFormat(format="int8", group=BLOCK),
 }
-_SCALARS = {
+_SCALARS: dict[int, np.dtype] = {
     GGUFValueType.UINT8: np.dtype("u1"),
     GGUFValueType.INT8: np.dtype("i1"),
     GGUFValueType.UINT16: np.dtype("<u2"),
@@ -94,7 +94,7 @@ def open_gguf(path: Path) -> Checkpoint:
     if frequencies is not None:
         if "rope_scaling" in config:
             raise UnsupportedFormatError(f"{path} has both rope_freqs.weight and rope scaling {config['rope_scaling']}")
-        config["rope_scaling"] = {"rope_type": "factors", "factors": frequencies.read().astype(np.float64).tolist()}
+        config["rope_scaling"] = {"rope_type": "factors", "factors": np.asarray(frequencies.read(), np.float64).tolist()}
     tensors = {name: _half_split(t, config) for name, t in raw.items()}
     assets = assets_from_metadata(header.metadata)
     file.release(0, file.size)
@@ -142,12 +142,12 @@ class _Cursor:
         if kind == GGUFValueType.ARRAY:
             inner, count = self.u32(), self.u64()
             if inner in _SCALARS:
-                dtype = _SCALARS[GGUFValueType(inner)]
+                dtype = _SCALARS[inner]
                 return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
             return [self.value(inner) for _ in range(count)]
         if kind not in _SCALARS:
             raise UnsupportedFormatError(f"{self.file.path}: metadata of type {kind} at byte {self.at}; the file is damaged")
-        dtype = _SCALARS[GGUFValueType(kind)]
+        dtype = _SCALARS[kind]
         value = np.frombuffer(self.take(dtype.itemsize), dtype)[0]
         # 1e-5 was written as the nearest float32: give the shortest number that is that float32
         return float(str(value)) if dtype == np.float32 else value.item()
@@ -219,8 +219,7 @@ class _BlockTensor(LazyTensor):
 
     def _blocks(self, lead: Sequence[Units | None], columns: Units | None) -> np.ndarray:
         """Bytes uint8 [..., blocks, block_bytes]; `columns` are whole blocks. Padding is zero bytes, which stand for zeros."""
-        per = 0 if columns is None else columns.size // self.block
-        units = (*lead, columns and Units(per, columns.indices), None)
+        units = (*lead, Units(columns.size // self.block, columns.indices) if columns else None, None)
         shape = (*self.shape[:-1], self.shape[-1] // self.block, self.block_bytes)
         return self._file.read(self._offset, np.dtype(np.uint8), shape, units)
 
@@ -230,23 +229,24 @@ class PackedTensor(_BlockTensor):
 
     def __init__(self, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType, file: MappedFile, offset: int):
         super().__init__(name, shape, kind, file, offset)
-        self.packed = PACKED[kind]
+        self.packed = self._packed = PACKED[kind]
 
     def read(self, units: Shard = None) -> QTensor:
         *lead, columns = self.shard(units)
-        cover = columns and cover_columns(columns, BLOCK, self.shape[-1])
-        q = self._unpack(self._blocks(lead, cover and cover.read))
+        cover = cover_columns(columns, BLOCK, self.shape[-1]) if columns else None
+        q = self._unpack(self._blocks(lead, cover.read if cover else None))
         return cover.cut(q) if cover else q
 
     def _unpack(self, blocks: np.ndarray) -> QTensor:
+        packed = self._packed
         half = lambda at: np.ascontiguousarray(blocks[..., at : at + 2]).view("<f2")[..., 0]
-        values = blocks[..., 4 if self.packed.zeros else 2 :].reshape(*blocks.shape[:-2], -1)
+        values = blocks[..., 4 if packed.zeros else 2 :].reshape(*blocks.shape[:-2], -1)
         return QTensor(
-            values=values.view(np.int8) if self.packed.format == "int8" else values,
+            values=values.view(np.int8) if packed.format == "int8" else values,
             scales=half(0),
-            zeros=half(2) if self.packed.zeros else None,
-            format=self.packed.format,
-            group=self.packed.group,
+            zeros=half(2) if packed.zeros else None,
+            format=packed.format,
+            group=packed.group,
         )
 
 
@@ -259,11 +259,11 @@ class DequantizedTensor(_BlockTensor):
             row = DequantizedTensor(self.name, (1, *self.shape), self.kind, self._file, self._offset)
             return row.read((None, *units))[0].copy()
         columns = units[-1]
-        cover = columns and cover_columns(columns, self.block, self.shape[-1])
-        local = cover and Units(cover.unit, cover.indices)
+        cover = cover_columns(columns, self.block, self.shape[-1]) if columns else None
+        read, local = (cover.read, Units(cover.unit, cover.indices)) if cover else (None, None)
         out = np.empty(shard_shape(self.shape, units), np.float32)
         for place, rows in row_chunks(self.shape, units[0], math.prod(self.shape[1:]) * 4):
-            blocks = self._blocks((rows, *units[1:-1]), cover and cover.read)
+            blocks = self._blocks((rows, *units[1:-1]), read)
             with np.errstate(all="ignore"):  # damaged scales are reported as non-finite weights, with the tensor's name
                 values = dequantize(blocks.reshape(*blocks.shape[:-2], -1), self.kind)
             out[place] = gather(values, (*[None] * (len(units) - 1), local))

@@ -174,8 +174,8 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], pre: PreTokenizer)
 
 
 def _bpe(tokens: Sequence[str], merges: Sequence[Sequence[str]], **options) -> dict[str, Any]:
-    base = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None}
-    base |= {"fuse_unk": False, "byte_fallback": False, "ignore_merges": False}
+    base: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
+    base |= {"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
     return {**base, **options, "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}
 
 
@@ -186,7 +186,7 @@ def _sentence_piece(
         raise UnsupportedFormatError("the GGUF file's SentencePiece model normalises text; use the Hugging Face folder")
     prefix = own.get("add_space_prefix", True)
     scores = own.get("scores") or [-float(i) for i in range(len(tokens))]
-    steps = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
+    steps: list[dict[str, Any]] = [{"type": "Prepend", "prepend": SPACE}] if prefix else []
     steps.append({"type": "Replace", "pattern": {"String": " "}, "content": SPACE})
     decode: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": SPACE}, "content": " "}]
     decode += [{"type": "ByteFallback"}, {"type": "Fuse"}]

@@ -36,7 +36,7 @@ def open_native(folder: Path) -> Checkpoint:
     version = description.get("format_version")
     if version != FORMAT_VERSION:
         raise NativeFormatError(
-            f"{folder / DESCRIPTION} has format_version {version!r}, this release reads {FORMAT_VERSION}; convert the original again"
+            f"{folder / DESCRIPTION} has format_version {version!r}, not {FORMAT_VERSION}; convert the original again"
         )
     if not (folder / PARAMS).is_dir():
         raise NativeFormatError(f"{folder} has no folder {PARAMS}; the checkpoint is incomplete, copy or convert it again")
@@ -122,12 +122,12 @@ class _NativeQTensor(LazyTensor):
     def read(self, units: Shard = None) -> QTensor:
         *lead, columns = self.shard(units)
         packed, inputs = self._packed, self.shape[-1]
-        grouped = columns is not None and packed.group is not None
-        cover = cover_columns(columns, packed.group, inputs) if grouped else None
+        cover = cover_columns(columns, packed.group, inputs) if columns and packed.group else None
+        read = cover.read if cover else None
         q = QTensor(
             values=self._part("values", lead, cover.read if cover else columns),
-            scales=self._part("scales", lead, cover and cover.read),
-            zeros=self._part("zeros", lead, cover and cover.read) if packed.zeros else None,
+            scales=self._part("scales", lead, read),
+            zeros=self._part("zeros", lead, read) if packed.zeros else None,
             format=packed.format,
             group=packed.group,
             activation=packed.activation,
@@ -141,7 +141,7 @@ class _NativeQTensor(LazyTensor):
             dtype = np.dtype(np.uint8 if packed.format == "int4" else np.int8)
             per = 2 if packed.format == "int4" else 1
         else:
-            dtype = packed.scale_dtype if part == "scales" else packed.zeros_dtype
+            dtype = packed.zeros_dtype if part == "zeros" and packed.zeros_dtype else packed.scale_dtype
             per = packed.group or inputs
-        stored = columns and Units(columns.size // per, columns.indices)
+        stored = Units(columns.size // per, columns.indices) if columns else None
         return self._store.read(f"{self.name}/{part}", (*self.shape[:-1], inputs // per), dtype, (*lead, stored))

@@ -52,9 +52,7 @@ def layer_spec(config: ModelConfig, group: int | None = None) -> LayerSpec:
     """group: query heads per kv head on a shard; the model's own by default."""
     a, m = config.attention, config.mlp
     return LayerSpec(
-        attention=AttentionSpec(
-            head_dim=a.head_dim, group=group or a.heads // a.kv_heads, scale=a.scale, eps=config.norm_eps
-        ),
+        attention=AttentionSpec(head_dim=a.head_dim, group=group or a.heads // a.kv_heads, scale=a.scale, eps=config.norm_eps),
         mlp=MLPSpec(activation=m.activation, gated=m.gated, eps=config.norm_eps),
     )
 
@@ -147,7 +145,7 @@ def head_logits(weights: DecoderWeights, x, config: ModelConfig, ctx: ParallelCo
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "ctx"))
-def layer(weights: LayerWeights, x, cache, angles, positions, rows, write, *, spec: LayerSpec, ctx: ParallelContext):
+def layer(weights: LayerWeights, x, cache, angles, positions, rows, *, spec: LayerSpec, ctx: ParallelContext):
     """One layer: x float32 [B, T, D] -> ([B, T, D], cache). Two all-reduces under tensor parallelism.
 
     Jitted of its own, so that equal layers are traced once.
@@ -163,7 +161,6 @@ def layer(weights: LayerWeights, x, cache, angles, positions, rows, write, *, sp
             angles=angles,
             positions=positions,
             rows=rows,
-            write=write,
             residual=ctx.on_first_rank(entered),
             max_over_shards=ctx.max_over_tensor,
         )
@@ -189,26 +186,26 @@ def prefill_layers(
     caches = []
     for i, weights in enumerate(layers):
         with jax.named_scope(f"layer_{i}"):
-            y, cache = layer(weights, x, None, angles, positions, None, None, spec=spec, ctx=ctx)
+            y, cache = layer(weights, x, None, angles, positions, None, spec=spec, ctx=ctx)
             x = y if used is None else jnp.where(used[i], y, x)
             caches.append(cache)
     return x, tuple(caches)
 
 
 def cached_layers(
-    layers, x, caches, positions, config: ModelConfig, spec: LayerSpec, ctx: ParallelContext = ALONE, *, rows, write, used=None
+    layers, x, caches, positions, config: ModelConfig, spec: LayerSpec, ctx: ParallelContext = ALONE, *, rows, used=None
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """New tokens through the layers: x float32 [B, T, D] at positions int32 [B, T] -> ([B, T, D], caches).
 
-    rows: cache row of each sequence, int32 [B], or None where rows are the batch. write: bool [B, T]; False leaves the cache alone.
-    used: bool per layer, or None; an unused slot passes x on and writes nothing.
+    rows: cache row of each sequence, int32 [B], or None where rows are the batch. used: bool per layer, or None; an unused slot
+    passes x on. Every token is written, also those of sequences that have ended and of unused slots: nothing reads these, and what
+    comes to a position next writes it first. A masked write would cost copies of the cache.
     """
     angles = rope_angles(config.attention.rope, positions, positions[:, -1] + 1)
     new = []
     for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
         with jax.named_scope(f"layer_{i}"):
-            keep = write if used is None else write & used[i]
-            y, cache = layer(weights, x, cache, angles, positions, rows, keep, spec=spec, ctx=ctx)
+            y, cache = layer(weights, x, cache, angles, positions, rows, spec=spec, ctx=ctx)
             x = y if used is None else jnp.where(used[i], y, x)
             new.append(cache)
     return x, tuple(new)

@@ -10,9 +10,7 @@ from pallas_kernels.registry import choose, register
 register("attention", "reference", reference.attention)
 
 
-def attention(
-    q, cache: LayerCache, *, rows, positions, scale: float, implementation: str | None = None
-) -> jax.Array:
+def attention(q, cache: LayerCache, *, rows, positions, scale: float, implementation: str | None = None) -> jax.Array:
     """Grouped causal attention with float32 softmax.
 
         o = softmax(scale * q k^T + mask) v           query at position p sees the keys 0..p of its row
@@ -23,7 +21,9 @@ def attention(
     """
     kv_heads = cache.k.shape[1]
     if q.ndim != 4 or q.shape[2] % kv_heads or q.shape[3] != cache.k.shape[3]:
-        raise ShapeError(f"attention: q {list(q.shape)} does not fit keys {list(cache.k.shape)}: N must be a multiple of K, H the same")
+        raise ShapeError(
+            f"attention: q {list(q.shape)} does not fit keys {list(cache.k.shape)}: N must be a multiple of K, H the same"
+        )
     if positions.shape != q.shape[:2]:
         raise ShapeError(f"attention: positions must be {list(q.shape[:2])}, got {list(positions.shape)}")
     run = choose("attention", implementation, shape=q.shape, tokens=cache.tokens, cache_dtype=str(cache.k.dtype))

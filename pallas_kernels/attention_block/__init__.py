@@ -14,9 +14,7 @@ from pallas_kernels.registry import choose, register
 register("attention_block", "reference", reference.attention_block)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("norm", "qkv", "qkv_bias", "out", "out_bias"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("norm", "qkv", "qkv_bias", "out", "out_bias"), meta_fields=())
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
     """Weights of the half layer, as arrays or QTensors [out, in].
@@ -66,10 +64,14 @@ def attention_block(
     out_bias). max_over_shards: see `quant_matmul`. Returns y, float32 [B, T, D], and the cache. Raises ShapeError.
     """
     if x.ndim != 3 or weights.norm.shape != x.shape[-1:]:
-        raise ShapeError(f"attention_block: x must be [B, T, D] with D as the norm's, got {list(x.shape)} and {list(weights.norm.shape)}")
+        raise ShapeError(
+            f"attention_block: x must be [B, T, D] with D as the norm's, got {list(x.shape)} and {list(weights.norm.shape)}"
+        )
     rows_qkv = sum(w.shape[0] for w in weights.qkv)
     if rows_qkv % ((spec.group + 2) * spec.head_dim):
-        raise ShapeError(f"attention_block: {rows_qkv} q, k and v outputs are not made of groups of {spec.group} + 2 heads of {spec.head_dim}")
+        raise ShapeError(
+            f"attention_block: {rows_qkv} q, k and v outputs are not made of groups of {spec.group} + 2 heads of {spec.head_dim}"
+        )
     run = choose("attention_block", implementation, shape=x.shape, spec=spec, cached=cache is not None)
     return run.function(
         x,

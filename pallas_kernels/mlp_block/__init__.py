@@ -13,9 +13,7 @@ from pallas_kernels.registry import choose, register
 register("mlp_block", "reference", reference.mlp_block)
 
 
-@functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("norm", "up", "up_bias", "down", "down_bias"), meta_fields=()
-)
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("norm", "up", "up_bias", "down", "down_bias"), meta_fields=())
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPWeights:
     """Weights of the half layer, as arrays or QTensors [out, in].
@@ -61,7 +59,9 @@ def mlp_block(
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     if x.ndim != 3 or weights.norm.shape != x.shape[-1:]:
-        raise ShapeError(f"mlp_block: x must be [B, T, D] with D as the norm's, got {list(x.shape)} and {list(weights.norm.shape)}")
+        raise ShapeError(
+            f"mlp_block: x must be [B, T, D] with D as the norm's, got {list(x.shape)} and {list(weights.norm.shape)}"
+        )
     if spec.activation not in ACTIVATIONS:
         raise ShapeError(f"mlp_block: activation {spec.activation!r} is not one of {ACTIVATIONS}")
     run = choose("mlp_block", implementation, shape=x.shape, spec=spec)

@@ -18,8 +18,8 @@ def rms_norm(
 
         y = x / sqrt(mean(x^2) + eps) * scale           or * (1 + scale) with unit_offset
 
-    x: float [..., D]. scale: float [D]. eps: inside the root. out_dtype: of the result [..., D], x's by default; float32 inside.
-    Raises ShapeError. Source: Zhang and Sennrich 2019, arXiv:1910.07467; the offset is Gemma's.
+    x: float [..., D]. scale: float [D]. eps: inside the root. out_dtype: of the result [..., D], x's by default; float32
+    inside. Raises ShapeError. Source: Zhang and Sennrich 2019, arXiv:1910.07467; the offset is Gemma's.
     """
     _check("rms_norm", x, scale=scale)
     run = choose("rms_norm", implementation, shape=x.shape, dtype=x.dtype)

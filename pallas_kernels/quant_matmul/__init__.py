@@ -7,10 +7,11 @@ import jax.numpy as jnp
 
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.qtensor import QTensor
-from pallas_kernels.quant_matmul import reference
+from pallas_kernels.quant_matmul import reference, xla
 from pallas_kernels.registry import choose, register
 
 register("quant_matmul", "reference", reference.quant_matmul)
+register("quant_matmul", "xla", xla.quant_matmul, supports=xla.supports, priority=10)
 
 
 def quant_matmul(
@@ -28,13 +29,15 @@ def quant_matmul(
     x: float [..., I]. w: float array [O, I], or a QTensor of that logical shape in any layout. bias: float [O] or None.
     max_over_shards: see `quantize_activations`; needed where I is split over shards and w.activation has one scale a token.
     Returns float32 [..., O]. Differentiable in x, and in w where it is an array; rounded inputs pass the gradient straight
-    through. Raises ShapeError. Source: ZeroQuant, Yao et al. 2022, arXiv:2206.01861; straight-through, Bengio et al. 2013, arXiv:1308.3432.
+    through. Raises ShapeError. Source: ZeroQuant, Yao et al. 2022, arXiv:2206.01861; straight through: Bengio et al. 2013,
+    arXiv:1308.3432.
     """
     if not isinstance(w, QTensor) and not jnp.issubdtype(w.dtype, jnp.floating):
         raise ShapeError(f"quant_matmul: w must be a float array [O, I] or a QTensor, got {w.dtype}{list(w.shape)}")
     if len(w.shape) != 2 or x.ndim < 1 or not jnp.issubdtype(x.dtype, jnp.floating) or x.shape[-1] != w.shape[1]:
         raise ShapeError(
-            f"quant_matmul: x must be float [..., I] and w [O, I] with the same I, got {x.dtype}{list(x.shape)} and {list(w.shape)}"
+            f"quant_matmul: x must be float [..., I] and w [O, I] with the same I, "
+            f"got {x.dtype}{list(x.shape)} and {list(w.shape)}"
         )
     if bias is not None and bias.shape != (w.shape[0],):
         raise ShapeError(f"quant_matmul: bias must be [{w.shape[0]}], one per output of w, got {list(bias.shape)}")

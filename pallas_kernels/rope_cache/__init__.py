@@ -24,13 +24,14 @@ def rope(x, cos, sin, *, implementation: str | None = None) -> jax.Array:
 
 
 def rope_cache(
-    q, k, v, cos, sin, cache: LayerCache, *, rows, positions, write, implementation: str | None = None
+    q, k, v, cos, sin, cache: LayerCache, *, rows, positions, write=None, implementation: str | None = None
 ) -> tuple[jax.Array, LayerCache]:
     """`rope` on q and k, then keys and values written into their rows of the cache.
 
     q: float [B, T, N, H]; k, v: float [B, T, K, H]. cos, sin: see `rope`. cache: [R, K, S, H] arrays. rows: int32 [B], the cache row
     of each sequence, or None where the rows are the batch. positions: int32 [B, T], where each token goes. write: bool [B, T];
-    False drops the write, and so does a position past S. Returns the rotated q, float32 [B, T, N, H], and the cache.
+    False drops the write, and so does a position past S; None writes all, which lie within S. Returns the rotated q, float32
+    [B, T, N, H], and the cache.
     """
     _check_angles("rope_cache", q, cos, sin)
     if k.shape != v.shape or k.shape[:2] != q.shape[:2] or (k.shape[2], k.shape[3]) != (cache.k.shape[1], cache.k.shape[3]):

@@ -18,13 +18,12 @@ def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write):
     rotated = rope(jnp.concatenate([q, k], 2), cos, sin)  # one pass over both
     q, k = rotated[:, :, :heads], rotated[:, :, heads:]
     new = cache.encode(k, v)
-    if q.shape[:2] == (1, 1):
-        # one token: a slice update is a third of a scatter's time on XLA:CPU. It clamps, so a dropped write puts back what was there.
-        row = jnp.int32(0) if rows is None else rows[0]
-        position, keep = positions[0, 0], write[0, 0] & (positions[0, 0] < cache.tokens)
-        return q, jax.tree.map(lambda c, n: _put_one(c, n, row, position, keep), cache, new)
+    if write is None and q.shape[1] == 1:
+        # one token a row: slice updates take a third of a scatter's time on XLA:CPU. Without the barrier XLA writes one copy of the
+        # cache for the attention and one for the result
+        return q, lax.optimization_barrier(jax.tree.map(lambda c, n: _put_rows(c, n, rows, positions[:, 0]), cache, new))
     rows = jnp.arange(q.shape[0]) if rows is None else rows
-    where = jnp.where(write, positions, cache.tokens)  # past the end: dropped
+    where = positions if write is None else jnp.where(write, positions, cache.tokens)  # past the end: dropped
 
     def put(c, n):
         return c.at[rows[:, None], :, where].set(n, mode="drop")
@@ -32,7 +31,9 @@ def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write):
     return q, jax.tree.map(put, cache, new)
 
 
-def _put_one(cache, new, row, position, keep):
-    new = jnp.swapaxes(new, 1, 2)  # [1, 1, K, ...] -> [1, K, 1, ...]
-    start = (row, 0, position, *[0] * (cache.ndim - 3))
-    return lax.dynamic_update_slice(cache, jnp.where(keep, new, lax.dynamic_slice(cache, start, new.shape)), start)
+def _put_rows(cache, new, rows, positions):
+    new = jnp.swapaxes(new, 1, 2)  # [B, 1, K, ...] -> [B, K, 1, ...]
+    for b in range(new.shape[0]):
+        start = (b if rows is None else rows[b], 0, positions[b], *[0] * (cache.ndim - 3))
+        cache = lax.dynamic_update_slice(cache, new[b : b + 1], start)
+    return cache

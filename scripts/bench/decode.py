@@ -204,7 +204,8 @@ def main() -> None:
     except BenchmarkError as error:
         sys.exit(f"error: {error}")
     rows = summarise(systems, results)
-    machine = f"{processor()}, {args.threads} threads, batch 1, {args.tokens} greedy tokens, prefill {args.prefill}, {args.rounds} rounds"
+    machine = f"{processor()}, {args.threads} threads, batch 1, {args.tokens} greedy tokens"
+    machine += f", prefill {args.prefill}, {args.rounds} rounds"
     if args.json:
         print(json.dumps({"machine": machine, "rows": rows, "runs": results}))
     else:

@@ -30,7 +30,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="anything init_inference takes: a folder, a .gguf file, a native checkpoint")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantize", metavar="SPEC", help="quantization format by name, or a JSON object")
+    parser.add_argument("--quantize", metavar="SPEC", help="quantization by its short name, or a JSON object")
     parser.add_argument("--tokens", type=int, default=128, help="new tokens (default 128)")
     parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill (default 512)")
     parser.add_argument("--repetitions", type=int, default=3)
@@ -42,7 +42,7 @@ def main() -> None:
 
     config: dict[str, Any] = {"dtype": args.dtype, "inference_max_tokens": 1024}
     if args.quantize:
-        config["quantization"] = json.loads(args.quantize) if args.quantize.startswith("{") else {"format": args.quantize}
+        config["quantization"] = json.loads(args.quantize) if args.quantize.startswith("{") else args.quantize
     engine = jaxinfer.init_inference(args.model, config)
     load_seconds = time.perf_counter() - start
 

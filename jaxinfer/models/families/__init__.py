@@ -1,9 +1,10 @@
 """Families of models by the name of their architecture in config.json. A family is one short file."""
 
 import dataclasses
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from convert.readers.base import LazyTensor
 from convert.rules import Rule
 from jaxinfer.errors import UnknownArchitectureError
 from jaxinfer.models.config import ModelConfig
@@ -12,18 +13,16 @@ from jaxinfer.models.families import llama
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Family:
-    """config(config.json as a dict, names of the tensors) -> ModelConfig. rules(config): tensor names -> module paths.
+    """config(config.json as a dict, tensors) -> ModelConfig. rules(config): tensor names -> module paths. ignored(config): patterns of
+    tensors that hold nothing of their own."""
 
-    ignored: patterns of tensors that hold nothing to learn.
-    """
-
-    config: Callable[[Mapping[str, Any], Collection[str]], ModelConfig]
+    config: Callable[[Mapping[str, Any], Mapping[str, LazyTensor]], ModelConfig]
     rules: Callable[[ModelConfig], list[Rule]]
-    ignored: tuple[str, ...] = ()
+    ignored: Callable[[ModelConfig], tuple[str, ...]]
 
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(config=llama.config, rules=llama.rules, ignored=llama.IGNORED),
+    "LlamaForCausalLM": Family(config=llama.config, rules=llama.rules, ignored=llama.ignored),
 }
 
 

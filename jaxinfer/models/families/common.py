@@ -4,24 +4,17 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+import numpy as np
+
+from convert.load import as_float
+from convert.readers.base import LazyTensor
 from jaxinfer.errors import UnknownConfigKeyError
 from jaxinfer.models.positions import KINDS, RopeConfig
+from sharding.partition import Units
 
 # Keys that never change what a forward pass computes: bookkeeping, training, generation defaults, output options.
 HARMLESS = frozenset(
-    """
-    _name_or_path _attn_implementation _attn_implementation_autoset _commit_hash architectures auto_map model_type torch_dtype dtype
-    transformers_version transformers_weights bos_token_id eos_token_id pad_token_id sep_token_id cls_token_id unk_token_id
-    decoder_start_token_id forced_bos_token_id forced_eos_token_id use_cache initializer_range pretraining_tp attention_dropout
-    hidden_dropout resid_pdrop embd_pdrop attn_pdrop is_decoder is_encoder_decoder add_cross_attention cross_attention_hidden_size
-    tie_encoder_decoder tie_word_embeddings return_dict return_dict_in_generate output_attentions output_hidden_states output_scores
-    torchscript use_bfloat16 gradient_checkpointing chunk_size_feed_forward pruned_heads problem_type finetuning_task id2label label2id
-    num_labels tokenizer_class prefix task_specific_params max_length min_length do_sample early_stopping num_beams num_beam_groups
-    diversity_penalty temperature top_k top_p typical_p repetition_penalty length_penalty no_repeat_ngram_size
-    encoder_no_repeat_ngram_size bad_words_ids num_return_sequences exponential_decay_length_penalty suppress_tokens
-    begin_suppress_tokens remove_invalid_values tf_legacy_loss base_model_tp_plan base_model_pp_plan unsloth_version unsloth_fixed
-    is_llama_config rope_interleaved
-    """.split()
+    ["_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "transformers_weights", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "tie_word_embeddings", "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "torchscript", "use_bfloat16", "gradient_checkpointing", "chunk_size_feed_forward", "pruned_heads", "problem_type", "finetuning_task", "id2label", "label2id", "num_labels", "tokenizer_class", "prefix", "task_specific_params", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values", "tf_legacy_loss", "base_model_tp_plan", "base_model_pp_plan", "unsloth_version", "unsloth_fixed", "is_llama_config", "rope_interleaved"]
 )
 
 ACTIVATIONS = {
@@ -43,6 +36,20 @@ def check_keys(hf: Mapping[str, Any], understood: Collection[str]) -> None:
             f"config.json has keys that may change the arithmetic and are not understood: "
             f"{', '.join(f'{k}={hf[k]!r}' for k in unknown)}; remove them from config.json if the model does not need them"
         )
+
+
+def is_tied(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, embedding: str, head: str) -> bool:
+    """Whether the head is the embedding. A head that is stored and differs is used, whatever tie_word_embeddings says, as in transformers."""
+    if not hf.get("tie_word_embeddings", False):
+        return False
+    if head not in tensors or embedding not in tensors:
+        return True
+    a, b = tensors[embedding], tensors[head]
+    if a.shape != b.shape:
+        return False
+    step = 1024  # rows in memory at once
+    rows = (Units(1, tuple(range(i, min(i + step, a.shape[0])))) for i in range(0, a.shape[0], step))
+    return all(np.array_equal(as_float(a).read((r, None)), as_float(b).read((r, None))) for r in rows)
 
 
 def activation(name: str) -> str:

@@ -1,23 +1,20 @@
 """Llama 1 to 3.x, and what shares its config: SmolLM2, TinyLlama, Yi, DeepSeek-LLM, ... (LlamaForCausalLM)."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
+from convert.readers.base import LazyTensor
 from convert.rules import Rule
 from jaxinfer.models.config import AttentionConfig, MLPConfig, ModelConfig
-from jaxinfer.models.families.common import activation, check_keys, rope
+from jaxinfer.models.families.common import activation, check_keys, is_tied, rope
 
 UNDERSTOOD = frozenset(
-    """
-    vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim hidden_act
-    max_position_embeddings original_max_position_embeddings rms_norm_eps rope_theta rope_scaling rope_parameters attention_bias mlp_bias
-    """.split()
+    ["vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "original_max_position_embeddings", "rms_norm_eps", "rope_theta", "rope_scaling", "rope_parameters", "attention_bias", "mlp_bias"]
 )
-IGNORED = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
 
 
-def config(hf: Mapping[str, Any], names: Collection[str]) -> ModelConfig:
-    """The ModelConfig of a Llama config.json. names: of the checkpoint's tensors; a head that is stored is used."""
+def config(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> ModelConfig:
+    """The ModelConfig of a Llama config.json and the checkpoint's tensors. Raises UnknownConfigKeyError."""
     check_keys(hf, UNDERSTOOD)
     embed, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
     head_dim = int(hf.get("head_dim") or embed // heads)
@@ -42,7 +39,7 @@ def config(hf: Mapping[str, Any], names: Collection[str]) -> ModelConfig:
             bias=bool(hf.get("mlp_bias", False)),
         ),
         norm_eps=float(hf.get("rms_norm_eps", 1e-6)),
-        tied="lm_head.weight" not in names and bool(hf.get("tie_word_embeddings", False)),
+        tied=is_tied(hf, tensors, embedding="model.embed_tokens.weight", head="lm_head.weight"),
         max_positions=int(hf.get("max_position_embeddings") or 2048),
     )
 
@@ -67,3 +64,9 @@ def rules(config: ModelConfig) -> list[Rule]:
     if not config.tied:
         table["lm_head.weight"] = "head"
     return [Rule(source, target) for source, target in table.items()]
+
+
+def ignored(config: ModelConfig) -> tuple[str, ...]:
+    """Patterns of tensors that hold nothing of their own: tables, and a copy of the embedding as a head."""
+    tables = ("model.layers.{i}.self_attn.rotary_emb.inv_freq", "model.rotary_emb.inv_freq")
+    return (*tables, "lm_head.weight") if config.tied else tables

