@@ -18,6 +18,7 @@ import secrets
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,10 @@ def save_native(
     """Read every tensor in its target form and write a native checkpoint; it is complete when this returns.
 
     config: JSON values. tensors: by module path; what they read is stored. progress(done, total, name): bytes read and written.
-    An exception, Ctrl-C or SIGTERM on the way removes what was written and leaves `dst` as it was; what a SIGKILL leaves behind
-    is removed by the next conversion to the same `dst`. Raises DestinationExistsError where `dst` holds something, unless
-    `overwrite` is given and it is a native checkpoint, which is then replaced once the new one is complete.
+    An exception, Ctrl-C or SIGTERM on the way removes what was written, once a write that is under way has ended, and leaves
+    `dst` as it was; what a SIGKILL leaves behind is removed by the next conversion to the same `dst`. Raises
+    DestinationExistsError where `dst` holds something, unless `overwrite` is given and it is a native checkpoint, which is then
+    replaced once the new one is complete.
     """
     dst = Path(dst).expanduser().absolute()
     described = json.dumps(dict(config))  # a config that is no JSON fails before the work
@@ -112,14 +114,9 @@ def _save_params(folder: Path, arrays: Mapping[str, np.ndarray | QTensor]) -> No
         with ocp.Checkpointer(handler) as checkpointer:  # the synchronous one
             checkpointer.save(folder, args=args)
 
+    # an interruption waits here for Orbax to end: its writers cannot be stopped, and would make a removed folder again
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        writing = pool.submit(write)
-        try:
-            writing.result()
-        except BaseException:
-            if not writing.done():  # interrupted while waiting: Orbax's threads go on writing
-                _block(folder.parent)
-            raise
+        pool.submit(write).result()
 
 
 def _save_assets(folder: Path, assets: TokenizerAssets) -> None:
@@ -181,20 +178,12 @@ def _temporary(dst: Path) -> Iterator[Path]:
         os.close(lock)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _block(folder: Path) -> None:
-    """Put an empty file in the place of a folder, so that threads which are still writing to it fail at once."""
-    for _ in range(1000):  # they may make the folder again between the two steps
+def _remove(folder: Path) -> None:
+    for _ in range(20):  # after an error of Orbax, as of a full disk, some of its writes may still be under way
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):
-            folder.touch(exist_ok=False)
+        if not folder.exists():
             return
+        time.sleep(0.05)
 
 
 def _remove_stale(dst: Path) -> None:

@@ -1,30 +1,31 @@
-"""jaxinfer: an inference runtime for JAX and XLA."""
+"""jaxinfer: an inference runtime for JAX and XLA.
 
-from jaxinfer import errors
-from jaxinfer.api import Generated, generate, init_inference
-from jaxinfer.config import CacheConfig, EngineConfig, ParallelConfig, QuantizationConfig, SamplingParams
-from jaxinfer.engine import Engine
-from jaxinfer.loading import load_model
-from jaxinfer.models import Decoder, ModelConfig
-from jaxinfer.placement import place
-from jaxinfer.requests import GenerationResult, ScoreResult, TokenLogprob
+Names are imported when they are first used, so that what needs no jax (fetching, `--help`) does not wait for it.
+"""
 
-__all__ = [
-    "CacheConfig",
-    "Decoder",
-    "Engine",
-    "EngineConfig",
-    "Generated",
-    "GenerationResult",
-    "ModelConfig",
-    "ParallelConfig",
-    "QuantizationConfig",
-    "SamplingParams",
-    "ScoreResult",
-    "TokenLogprob",
-    "errors",
-    "generate",
-    "init_inference",
-    "load_model",
-    "place",
-]
+import importlib
+
+_HOMES = {
+    "api": ("Generated", "generate", "init_inference"),
+    "config": ("CacheConfig", "EngineConfig", "ParallelConfig", "QuantizationConfig", "SamplingParams"),
+    "engine": ("Engine",),
+    "loading": ("load_model",),
+    "models": ("Decoder", "ModelConfig"),
+    "placement": ("place",),
+    "requests": ("GenerationResult", "ScoreResult", "TokenLogprob"),
+}
+_HOME = {name: home for home, names in _HOMES.items() for name in names}
+
+__all__ = ["errors", *sorted(_HOME)]
+
+
+def __getattr__(name: str):
+    if name in _HOME:
+        return getattr(importlib.import_module(f"jaxinfer.{_HOME[name]}"), name)
+    if name == "errors":
+        return importlib.import_module("jaxinfer.errors")
+    raise AttributeError(f"module 'jaxinfer' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

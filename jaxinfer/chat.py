@@ -1,7 +1,4 @@
-"""Chat templates: the Jinja text that a checkpoint brings, rendered in a sandbox because it is somebody else's program.
-
-Also the base of the errors of text, so that jaxinfer.text can build on this module.
-"""
+"""Chat templates: the Jinja text that a checkpoint brings, rendered in a sandbox because it is somebody else's program."""
 
 import datetime
 import functools
@@ -12,19 +9,9 @@ import jinja2
 import jinja2.ext
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from jaxinfer.errors import ChatTemplateError, NoChatTemplateError
+
 type Template = str | Sequence[Mapping[str, str]]
-
-
-class TextError(ValueError):
-    """Base of everything that tokenizers, chat templates and stop strings refuse."""
-
-
-class NoChatTemplateError(TextError):
-    """Messages were given to a model whose checkpoint has no chat template."""
-
-
-class ChatTemplateError(TextError):
-    """A chat template that does not compile, or that refuses the messages it was given."""
 
 
 class _Generation(jinja2.ext.Extension):

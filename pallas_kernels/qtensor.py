@@ -95,7 +95,7 @@ def _block(group: int | None) -> int:
     return min(group or 32, 32)
 
 
-def pack_int4(q, group: int):
+def pack_int4(q, group: int | None):
     """Nibbles 0..15 as uint8 [..., I] -> packed bytes uint8 [..., I/2]. `group` fixes the block of min(group, 32) inputs."""
     xp, block = _namespace(q), _block(group)
     if q.shape[-1] % block or block % 2:
@@ -105,7 +105,7 @@ def pack_int4(q, group: int):
     return packed.reshape(*packed.shape[:-2], -1)
 
 
-def unpack_int4(packed, group: int):
+def unpack_int4(packed, group: int | None):
     """Inverse of `pack_int4`: uint8 [..., I/2] -> nibbles 0..15 as uint8 [..., I]."""
     xp, half = _namespace(packed), _block(group) // 2
     b = packed.reshape(*packed.shape[:-1], -1, half)
@@ -142,7 +142,7 @@ def round_to_nearest(
         largest = float(np.maximum(np.abs(low), np.abs(high)).max()) if g.size else 0.0
         if not np.isfinite(largest):
             raise QuantizationError("the weight holds NaN or infinity; repair the checkpoint before quantising")
-        if largest > np.finfo(scale_dtype).max:
+        if largest > float(np.finfo(scale_dtype).max):
             raise QuantizationError(f"values up to {largest:g} do not fit scales of {scale_dtype}; pass scale_dtype=float32")
     zeros = None
     if symmetric:
@@ -271,28 +271,28 @@ def take(q: QTensor, *, axis: int, unit: int, indices) -> QTensor:
     """
     indices = np.asarray(indices)
     if axis == -2:
-        rows = np.where(indices < 0, -1, indices * unit)[:, None] + np.where(indices < 0, 0, 1)[:, None] * np.arange(unit)
-        return jax.tree.map(lambda a: _take_padded(a, rows.reshape(-1), -2), q)
+        return jax.tree.map(lambda a: _take_padded(a, _spread(indices, unit), -2), q)
     if axis != -1:
         raise ShapeError(f"axis {axis}: a QTensor is cut along -2 (outputs) or -1 (inputs)")
     if q.group is None:
-        columns = np.where(indices < 0, -1, indices * unit)[:, None] + np.where(indices < 0, 0, 1)[:, None] * np.arange(unit)
-        return q.replace(values=_take_padded(q.values, columns.reshape(-1), -1))
+        return q.replace(values=_take_padded(q.values, _spread(indices, unit), -1))
     group = math.gcd(q.group, unit)
     if group % 2:
         raise QuantizationError(f"units of {unit} inputs share no even divisor with groups of {q.group}")
     q = regroup(q, group)
-    spread = lambda per_unit: (
-        np.where(indices < 0, -1, indices * per_unit)[:, None] + np.where(indices < 0, 0, 1)[:, None] * np.arange(per_unit)
-    ).reshape(-1)
     per_group = group // 2 if q.format == "int4" else group
     # a zero unit has scale 0 (and minimum 0), so its levels do not matter
     return _map_parts(
         q,
-        lambda v: _take_padded(v, spread(unit // group * per_group), -1),
-        lambda s: _take_padded(s, spread(unit // group), -1),
+        lambda v: _take_padded(v, _spread(indices, unit // group * per_group), -1),
+        lambda s: _take_padded(s, _spread(indices, unit // group), -1),
         "canonical",
     )
+
+
+def _spread(indices, size: int):
+    """Element of every position of units of `size` elements; -1 for those of unit -1."""
+    return np.where(indices[:, None] < 0, -1, indices[:, None] * size + np.arange(size)).reshape(-1)
 
 
 def _take_padded(a, index, axis):

@@ -8,6 +8,10 @@ import pytest
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--golden", metavar="DIR", help="golden cases of this folder instead of tests/golden")
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The real model: from JAXINFER_TEST_GGUF, or as scripts/demo.sh leaves it in the user's cache folder."""

@@ -234,7 +234,7 @@ def read_assets(folder: Path, model_config: Mapping[str, Any] | None = None) -> 
         config["chat_template"] = template.read_text("utf-8")
     tokenizer = folder / "tokenizer.json"
     ids = ("bos_token_id", "eos_token_id", "pad_token_id")
-    defaults = {k: model_config[k] for k in ids if (model_config or {}).get(k) is not None} if model_config else {}
+    defaults = {key: value for key in ids if (value := (model_config or {}).get(key)) is not None}
     return TokenizerAssets(
         tokenizer_json=tokenizer.read_text("utf-8") if tokenizer.is_file() else None,
         config=config,

@@ -1,6 +1,7 @@
 """Dynamic symmetric quantisation of activations in plain jnp: the meaning of the operation."""
 
 import jax.numpy as jnp
+import numpy as np
 
 
 def quantize_activations(x, quant, max_over_shards):
@@ -12,7 +13,7 @@ def quantize_activations(x, quant, max_over_shards):
     largest = jnp.max(jnp.abs(padded), -1, keepdims=True)
     if quant.group is None and max_over_shards is not None:
         largest = max_over_shards(largest)
-    scales = largest / 127
+    scales = largest * np.float32(1 / 127)  # written as the product that XLA makes of a division by a constant
     # a group of zeros has scale 0 and levels 0; the clip only matters for groups of denormal numbers, whose scale is coarse
     levels = jnp.clip(jnp.rint(padded / jnp.where(scales == 0, 1, scales)), -127, 127).astype(jnp.int8)
     return levels.reshape(*x.shape[:-1], groups * size)[..., :inputs], scales[..., 0]

@@ -55,9 +55,9 @@ def sample(
     [B].
 
     Nothing is sorted: a threshold is searched bit by bit on the integers that order like float32. A batch that switches a step
-    off does not pay for it. A split vocabulary costs a sum of [B] (two for top_p) per searched bit. Raises ShapeError.
-    Source: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2019, arXiv:1904.09751 (top-p); Nguyen et al. 2024,
-    arXiv:2407.01082 (min-p); order of the steps as in transformers.
+    off does not pay for it. A split vocabulary costs a sum of [B] per searched bit, at most 32 for each of the two. Raises
+    ShapeError. Source: Fan et al. 2018, arXiv:1805.04833 (top-k); Holtzman et al. 2019, arXiv:1904.09751 (top-p); Nguyen et al.
+    2024, arXiv:2407.01082 (min-p); order of the steps as in transformers.
     """
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seeds": seeds, "steps": steps}
     _check("sample", logits, **knobs)

@@ -43,50 +43,42 @@ def _kept_from(z, largest, top_k, top_p, min_p, shards):
     any_key = jnp.zeros(z.shape[:1], jnp.uint32)
 
     def by_count():
-        on = top_k > 0
-        search = lambda key: (n := _count(keys, key, shards), n >= top_k)
-        return jnp.where(on, _largest_key(search, ~on, exact=top_k), any_key)
+        def search(key):
+            count = shards.sum(jnp.sum((keys >= key[:, None]).astype(jnp.int32), -1))
+            return count >= top_k, count == top_k
+
+        return _largest_key(search, top_k <= 0)
 
     from_k = jax.lax.cond(jnp.any(top_k > 0), by_count, lambda: any_key)
 
     def by_mass():
-        on = top_p < 1
         weight = jnp.where(keys < from_k[:, None], 0, jnp.exp(z - largest[:, None]))
         # at least one token is kept, whatever top_p is
         wanted = jnp.maximum(top_p, 1e-30) * shards.sum(jnp.sum(weight, -1))
-        mass = lambda key: shards.sum(jnp.sum(jnp.where(keys < key[:, None], 0, weight), -1))
-        search = lambda key: (_count(keys, key, shards), mass(key) >= wanted)
-        return jnp.where(on, _largest_key(search, ~on), any_key)
+
+        def search(key):
+            mass = shards.sum(jnp.sum(jnp.where(keys < key[:, None], 0, weight), -1))
+            return mass >= wanted, False
+
+        return _largest_key(search, top_p >= 1)
 
     from_p = jax.lax.cond(jnp.any(top_p < 1), by_mass, lambda: any_key)
     return jnp.maximum(_from_keys(jnp.maximum(from_k, from_p)), largest + jnp.log(min_p))
 
 
-def _largest_key(search, done, exact=-1):
-    """The largest key uint32 [B] that is still enough, bit by bit from the top; or a lower one that keeps the same tokens.
+def _largest_key(search, done):
+    """The largest key uint32 [B] whose tokens are still enough, bit by bit from the top; 0 for rows that are done.
 
-    search(key) -> (tokens from that key on, whether they are enough); all tokens are. done: rows to leave out, bool [B].
-    exact: a count at which a row is done.
+    search(key) -> whether the tokens from that key on are enough, and whether they are exactly enough: a row is done then.
     """
-    zero = jnp.zeros(done.shape, jnp.uint32)
 
     def step(state):
-        bit, low, inside, beyond, done = state
-        key = low | bit
-        count, enough = search(key)
-        low = jnp.where(enough & ~done, key, low)
-        inside = jnp.where(enough, count, inside)
-        beyond = jnp.where(enough, beyond, count)
-        # one token or none between what is enough and what is not: nothing is left to decide
-        return bit >> 1, low, inside, beyond, done | (inside - beyond <= 1) | (inside == exact)
+        bit, low, done = state
+        enough, exactly = search(low | bit)
+        return bit >> 1, jnp.where(enough & ~done, low | bit, low), done | exactly
 
-    everything = jnp.full(done.shape, _LAST_ID)
-    state = (jnp.uint32(_TOP_BIT), zero, everything, jnp.zeros(done.shape, jnp.int32), done)
+    state = (jnp.uint32(_TOP_BIT), jnp.zeros(done.shape, jnp.uint32), done)
     return jax.lax.while_loop(lambda s: (s[0] > 0) & ~jnp.all(s[-1]), step, state)[1]
-
-
-def _count(keys, key, shards):
-    return shards.sum(jnp.sum((keys >= key[:, None]).astype(jnp.int32), -1))
 
 
 def _to_keys(z):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import jax
@@ -165,6 +166,22 @@ def test_an_error_on_the_way_leaves_everything_as_it_was(tmp_path, tensors, monk
     assert os.listdir(tmp_path) == (["m"] if existing else [])
     if existing:
         assert list(open_checkpoint(dst).tensors) == ["norm"]
+
+
+def test_ctrl_c_while_orbax_writes(tmp_path, tensors, monkeypatch):
+    import orbax.checkpoint as ocp
+
+    whole = ocp.Checkpointer.save
+
+    def slow(*args, **options):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.2)  # the main thread has its KeyboardInterrupt, and this one goes on writing
+        whole(*args, **options)
+
+    monkeypatch.setattr(ocp.Checkpointer, "save", slow)
+    with pytest.raises(KeyboardInterrupt):
+        save(tmp_path / "m", tensors)
+    assert os.listdir(tmp_path) == []
 
 
 def test_a_rename_that_fails_puts_the_old_one_back(tmp_path, tensors, monkeypatch):

@@ -14,8 +14,92 @@ from sharding.partition import Units
 
 # Keys that never change what a forward pass computes: bookkeeping, training, generation defaults, output options.
 HARMLESS = frozenset(
-    ["_name_or_path", "_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "architectures", "auto_map", "model_type", "torch_dtype", "dtype", "transformers_version", "transformers_weights", "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "cls_token_id", "unk_token_id", "decoder_start_token_id", "forced_bos_token_id", "forced_eos_token_id", "use_cache", "initializer_range", "pretraining_tp", "attention_dropout", "hidden_dropout", "resid_pdrop", "embd_pdrop", "attn_pdrop", "is_decoder", "is_encoder_decoder", "add_cross_attention", "cross_attention_hidden_size", "tie_encoder_decoder", "tie_word_embeddings", "return_dict", "return_dict_in_generate", "output_attentions", "output_hidden_states", "output_scores", "torchscript", "use_bfloat16", "gradient_checkpointing", "chunk_size_feed_forward", "pruned_heads", "problem_type", "finetuning_task", "id2label", "label2id", "num_labels", "tokenizer_class", "prefix", "task_specific_params", "max_length", "min_length", "do_sample", "early_stopping", "num_beams", "num_beam_groups", "diversity_penalty", "temperature", "top_k", "top_p", "typical_p", "repetition_penalty", "length_penalty", "no_repeat_ngram_size", "encoder_no_repeat_ngram_size", "bad_words_ids", "num_return_sequences", "exponential_decay_length_penalty", "suppress_tokens", "begin_suppress_tokens", "remove_invalid_values", "tf_legacy_loss", "base_model_tp_plan", "base_model_pp_plan", "unsloth_version", "unsloth_fixed", "is_llama_config", "rope_interleaved"]
+    [
+        "_name_or_path",
+        "_attn_implementation",
+        "_attn_implementation_autoset",
+        "_commit_hash",
+        "architectures",
+        "auto_map",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "transformers_weights",
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "sep_token_id",
+        "cls_token_id",
+        "unk_token_id",
+        "decoder_start_token_id",
+        "forced_bos_token_id",
+        "forced_eos_token_id",
+        "use_cache",
+        "initializer_range",
+        "pretraining_tp",
+        "attention_dropout",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "is_decoder",
+        "is_encoder_decoder",
+        "add_cross_attention",
+        "cross_attention_hidden_size",
+        "tie_encoder_decoder",
+        "tie_word_embeddings",
+        "return_dict",
+        "return_dict_in_generate",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "torchscript",
+        "use_bfloat16",
+        "gradient_checkpointing",
+        "chunk_size_feed_forward",
+        "pruned_heads",
+        "problem_type",
+        "finetuning_task",
+        "id2label",
+        "label2id",
+        "num_labels",
+        "tokenizer_class",
+        "prefix",
+        "task_specific_params",
+        "max_length",
+        "min_length",
+        "do_sample",
+        "early_stopping",
+        "num_beams",
+        "num_beam_groups",
+        "diversity_penalty",
+        "temperature",
+        "top_k",
+        "top_p",
+        "typical_p",
+        "repetition_penalty",
+        "length_penalty",
+        "no_repeat_ngram_size",
+        "encoder_no_repeat_ngram_size",
+        "bad_words_ids",
+        "num_return_sequences",
+        "exponential_decay_length_penalty",
+        "suppress_tokens",
+        "begin_suppress_tokens",
+        "remove_invalid_values",
+        "tf_legacy_loss",
+        "base_model_tp_plan",
+        "base_model_pp_plan",
+        "unsloth_version",
+        "unsloth_fixed",
+        "is_llama_config",
+        "rope_interleaved",
+    ]
 )
+
+# Keys that would change the arithmetic, with the values at which they do not.
+NEUTRAL: dict[str, Any] = {"rope_interleaved": False, "is_causal": True, "partial_rotary_factor": 1.0}
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -29,8 +113,12 @@ ACTIVATIONS = {
 
 
 def check_keys(hf: Mapping[str, Any], understood: Collection[str]) -> None:
-    """Raise UnknownConfigKeyError for keys that are neither understood nor known to be harmless, all at once."""
-    unknown = sorted(set(hf) - set(understood) - HARMLESS)
+    """Raise UnknownConfigKeyError for keys that are neither understood nor known to be harmless, all at once. null changes nothing."""
+    unknown = sorted(
+        key
+        for key, value in hf.items()
+        if key not in understood and key not in HARMLESS and value is not None and NEUTRAL.get(key, ...) != value
+    )
     if unknown:
         raise UnknownConfigKeyError(
             f"config.json has keys that may change the arithmetic and are not understood: "
@@ -69,22 +157,22 @@ _KEYS = {
     "llama3": {"factor", "low_freq_factor", "high_freq_factor"},
     "factors": {"factors"},
 }
-_ALIASES = {"su": "longrope", "mrope": "default"}
 
 
 def rope(hf: Mapping[str, Any], dim: int) -> RopeConfig:
     """Rotary settings from rope_theta and rope_scaling, or rope_parameters (transformers 5), for heads of `dim` rotary dimensions.
 
-    The formulas are those of transformers' modeling_rope_utils.
+    Precedence and defaults are those of transformers' modeling_rope_utils: rope_scaling before rope_parameters, and the context
+    before scaling at the top level before the one among the scaling's own keys.
     """
-    scaling = dict(hf.get("rope_parameters") or hf.get("rope_scaling") or {})
+    scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     theta = float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
-    kind = _ALIASES.get(kind, kind)
     if kind not in KINDS:
         raise UnknownConfigKeyError(f"rope type {kind!r} is not supported; supported are {', '.join(KINDS)}")
-    original = scaling.pop("original_max_position_embeddings", None) or hf.get("original_max_position_embeddings")
+    own_original = scaling.pop("original_max_position_embeddings", None)
+    original = hf.get("original_max_position_embeddings") or own_original
     positions = int(hf.get("max_position_embeddings") or 2048)
     unknown = sorted(set(scaling) - _KEYS[kind])
     if unknown:
@@ -95,9 +183,11 @@ def rope(hf: Mapping[str, Any], dim: int) -> RopeConfig:
         factor = positions / original_positions if kind in ("yarn", "longrope") else 1.0
     values: dict[str, Any] = {"dim": dim, "theta": theta, "kind": kind, "factor": float(factor)}
     values["original_positions"] = positions if kind == "dynamic" else original_positions
-    for key in ("beta_fast", "beta_slow", "truncate", "low_freq_factor", "high_freq_factor"):
-        if scaling.get(key) is not None:
-            values[key] = scaling[key]
+    if scaling.get("truncate") is not None:
+        values["truncate"] = bool(scaling["truncate"])
+    for key in ("beta_fast", "beta_slow", "low_freq_factor", "high_freq_factor"):
+        if scaling.get(key):  # 0 stands for the default too
+            values[key] = float(scaling[key])
     if kind in ("longrope", "factors"):
         values["short_factors"] = tuple(map(float, scaling["short_factor" if kind == "longrope" else "factors"]))
         values["long_factors"] = tuple(map(float, scaling.get("long_factor", ())))
