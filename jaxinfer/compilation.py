@@ -11,7 +11,7 @@ def use_compilation_cache(folder: str | Path | bool | None) -> None:
     """Keep compiled programs in `folder`; None is the user's cache folder, False (or a cache that is set already) leaves jax alone."""
     if folder is False or jax.config.jax_compilation_cache_dir:
         return
-    path = cache_dir() / "xla" if folder in (None, True) else Path(folder).expanduser()
+    path = Path(folder).expanduser() if isinstance(folder, str | Path) else cache_dir() / "xla"
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)

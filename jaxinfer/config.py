@@ -88,7 +88,7 @@ class QuantizationConfig:
 
     @classmethod
     def parse(cls, spec: str) -> "QuantizationConfig":
-        """From a short form: int8, int4, w8a8, w8a16, w4a16, w4a8; then -g64 (weight group), -asym, -token (one activation scale a token)."""
+        """From a short form: int8, int4, w8a8, w8a16, w4a16 or w4a8; then -g64 (group of weights), -asym, -token (activation scales)."""
         m = re.fullmatch(r"(int8|int4|w([48])a(8|16))((?:-g\d+|-asym|-token)*)", spec)
         if not m:
             raise ConfigError(

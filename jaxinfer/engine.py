@@ -6,47 +6,32 @@ program serves every number of steps.
 
 import collections
 import contextlib
-import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
-from jax.sharding import PartitionSpec as P
 
-from jaxinfer import generation
 from jaxinfer.config import EngineConfig, SamplingParams
 from jaxinfer.errors import ConfigError, EngineStateError, PromptError, TokenLimitError
 from jaxinfer.generation import Emitted, Prefix, Scores, State
 from jaxinfer.models.decoder import DecoderWeights
-from jaxinfer.placement import Placed, local_layers
+from jaxinfer.placement import Placed
+from jaxinfer.programs import Programs
 from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult, TokenLogprob
 from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
 from jaxinfer.text import Tokenizer
 from pallas_kernels.layer_cache import cache_dtype
-from sharding.rules import STAGE, TENSOR_AXES
 
 SMALLEST_BUCKET = 16  # tokens
 STOP_CHECK_STEPS = 16  # tokens between looks at stop strings and at waiting requests
 SCORE_ROWS = 4
 
+_CLOSED = "the engine is closed; make a new one with jaxinfer.init_inference"
+
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int, str], None]
-
-_CACHE = P(STAGE, TENSOR_AXES)
-_STATE = State(
-    caches=_CACHE,
-    hidden=P(STAGE),
-    valid=P(STAGE),
-    tick=P(),
-    tokens=P(),
-    lengths=P(),
-    generated=P(),
-    active=P(),
-    sampling=P(),
-)
-_PREFIX = Prefix(caches=_CACHE, lengths=P(), first=P(), sampling=P())
 
 
 def bucket(size: int, smallest: int, largest: int) -> int:
@@ -68,16 +53,18 @@ class Engine:
         self, placed: Placed, config: EngineConfig, tokenizer: Tokenizer | None = None, *, eos_ids: Sequence[int] = ()
     ):
         self.config, self.tokenizer, self.plan, self.mesh = config, tokenizer, placed.plan, placed.mesh
-        self._placed: Placed | None = placed
-        self._cache_dtype = cache_dtype(config.kv_cache.dtype or config.dtype or "float32")
+        self._params: DecoderWeights | None = placed.weights
+        dtype = cache_dtype(config.kv_cache.dtype or config.dtype or "float32")
         self.eos_ids = tuple(dict.fromkeys((*eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
-        self._programs: dict = {}
+        self._programs: Programs | None = Programs(placed, capacity=config.inference_max_tokens, cache_dtype=dtype)
         self._resting: tuple[int, State] | None = None  # a state that no request uses
         self._lock = threading.Lock()
 
     @property
     def params(self) -> DecoderWeights:
-        return self._open().weights
+        if self._params is None:
+            raise EngineStateError(_CLOSED)
+        return self._params
 
     @property
     def stages(self) -> int:
@@ -85,13 +72,12 @@ class Engine:
 
     def close(self) -> None:
         """Give weights, caches and programs back. Later calls raise EngineStateError."""
-        self._placed, self._resting = None, None
-        self._programs.clear()
+        self._params, self._programs, self._resting = None, None, None
 
-    def _open(self) -> Placed:
-        if self._placed is None:
-            raise EngineStateError("the engine is closed; make a new one with jaxinfer.init_inference")
-        return self._placed
+    def _running(self) -> Programs:
+        if self._programs is None:
+            raise EngineStateError(_CLOSED)
+        return self._programs
 
     # --- the four calls
 
@@ -101,74 +87,25 @@ class Engine:
         tokens: int32 [rows, T], padded on the right, T at most inference_max_tokens. lengths: int32 [rows]. sampling: arrays [rows].
         top: alternatives to report (static). One program per (rows, T).
         """
-        return self._program("prefill", top=top)(params, tokens, lengths, sampling)
+        return self._running().prefill(top)(params, tokens, lengths, sampling)
 
     def insert(self, prefix: Prefix, state: State, slots) -> State:
         """Put the rows of a prefix into slots, int32 [rows]; -1 leaves a row out. `state` is donated."""
-        return self._program("insert")(prefix, state, slots)
+        return self._running().insert()(prefix, state, slots)
 
     def decode(self, params: DecoderWeights, state: State, steps, *, top: int = 0) -> tuple[State, Emitted]:
         """Up to `steps` tokens (an array: one program for any number) for every active slot. `state` is donated."""
-        return self._program("decode", top=top)(params, state, np.int32(steps))
+        return self._running().decode(top)(params, state, np.int32(steps))
 
     def free(self, state: State, slot: int) -> State:
         """Stop the sequence in a slot. `state` is donated."""
-        return self._program("free")(state, np.int32(slot))
+        return self._running().free()(state, np.int32(slot))
 
     def init_state(self, batch: int) -> State:
         """A state of `batch` sequences per micro-batch, so batch * stages slots, all free."""
         if not 1 <= batch <= self.config.micro_batch_size:
             raise EngineStateError(f"batch {batch}: micro_batch_size allows 1 to {self.config.micro_batch_size}")
-        return self._program("state", batch=batch)()
-
-    def _program(self, name: str, **static):
-        key = (name, *sorted(static.items()))
-        if key not in self._programs:
-            self._programs[key] = self._build(name, **static)
-        return self._programs[key]
-
-    def _build(self, name: str, **static):
-        """A jitted program over the mesh. What is static here makes another program; all else is an array."""
-        placed, plan = self._open(), self.plan
-        weights = placed.specs
-        shard = functools.partial(jax.shard_map, mesh=self.mesh, check_vma=False)
-        if name == "prefill":
-
-            def run(weights, tokens, lengths, sampling):
-                local = local_layers(weights)
-                return generation.prefill(
-                    local, tokens, lengths, sampling, plan=plan, cache_dtype=self._cache_dtype, top=static["top"]
-                )
-
-            return jax.jit(shard(run, in_specs=(weights, P(), P(), P()), out_specs=_PREFIX))
-        if name == "insert":
-            run = functools.partial(generation.insert, plan=plan)
-            return jax.jit(shard(run, in_specs=(_PREFIX, _STATE, P()), out_specs=_STATE), donate_argnums=1)
-        if name == "decode":
-
-            def run(weights, state, steps):
-                local = local_layers(weights)
-                capacity = self.config.inference_max_tokens
-                return generation.decode(local, state, steps, plan=plan, top=static["top"], capacity=capacity)
-
-            return jax.jit(shard(run, in_specs=(weights, _STATE, P()), out_specs=(_STATE, P())), donate_argnums=1)
-        if name == "free":
-            run = functools.partial(generation.free, plan=plan)
-            return jax.jit(shard(run, in_specs=(_STATE, P()), out_specs=_STATE), donate_argnums=0)
-        if name == "state":
-            run = functools.partial(
-                generation.empty_state,
-                plan,
-                batch=static["batch"],
-                tokens=self.config.inference_max_tokens,
-                cache_dtype=self._cache_dtype,
-            )
-            return jax.jit(shard(run, in_specs=(), out_specs=_STATE))
-
-        def run(weights, tokens, lengths):
-            return generation.score(local_layers(weights), tokens, lengths, plan=plan)
-
-        return jax.jit(shard(run, in_specs=(weights, P(), P()), out_specs=P()))
+        return self._running().state(batch)()
 
     # --- generation
 
@@ -199,7 +136,7 @@ class Engine:
         """Log-probability of every token of the prompts given those before it."""
         single, ids = self._prompt_ids(prompts)
         results = []
-        run = self._program("score")
+        run = self._running().score()
         for start in range(0, len(ids), SCORE_ROWS):
             part = ids[start : start + SCORE_ROWS]
             tokens, lengths = self._padded(part, bucket(len(part), 1, SCORE_ROWS), smallest=2)

@@ -63,7 +63,7 @@ class State:
 @_pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Emitted:
-    """What a decode call produced. choices: [M, B, E] and [M, B, E, n]; counts int32 [M, B]: how many of the E are real. done: bool [M, B]."""
+    """What a decode call produced. choices: [M, B, E], alternatives [M, B, E, n]; counts int32 [M, B]: the real ones of E. done [M, B]."""
 
     choices: Choice
     counts: jax.Array
@@ -169,7 +169,7 @@ def _forget(state: State, micro_batch, row, plan: Plan):
 
 def insert(prefix: Prefix, state: State, slots, *, plan: Plan) -> State:
     """Put the sequences of a prefix into slots, int32 [rows of the prefix]; -1 leaves a row out."""
-    M, B = state.tokens.shape
+    B = state.tokens.shape[1]
     for i in range(prefix.lengths.shape[0]):
         slot, keep = jnp.maximum(slots[i], 0), slots[i] >= 0
         m, b = slot // B, slot % B

@@ -8,6 +8,7 @@ Each process reads and places the slices of its own devices only.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -143,10 +144,13 @@ def place(
     progress(done, total, name): called per tensor, in bytes of what the file holds. Raises MeshError for a mesh that does not fit.
     """
     if isinstance(source, Decoder):
-        config, source = source.config, module_tensors(source)
+        tensors: Mapping[str, Readable] = module_tensors(source)
+        config = source.config
+    else:
+        tensors = source
     if config is None:
         raise TypeError("place() needs the config of a mapping of tensors")
-    return _Placer(source, mesh, make_plan(config, mesh), progress).run()
+    return _Placer(tensors, mesh, make_plan(config, mesh), progress).run()
 
 
 class _Placer:
@@ -177,19 +181,19 @@ class _Placer:
     def run(self) -> Placed:
         slots = [self._slot(i) for i in range(self.plan.slots)]
         names = ("embedding", "norm") + (() if self.plan.config.tied else ("head",))
-        ends = {name: self._arrays(lambda stage, name=name: (name,), staged=False) for name in names}
+        ends: dict[str, Any] = {name: self._arrays(functools.partial(_same, (name,)), staged=False) for name in names}
         ends.setdefault("head", None)
         weights = DecoderWeights(layers=tuple(slots), **ends)
         return Placed(mesh=self.mesh, plan=self.plan, weights=weights, specs=jax.tree.map(lambda a: a.sharding.spec, weights))
 
     def _slot(self, slot: int) -> LayerWeights:
         """The weights of one slot: for each field of the two half-layer operations, one array or a run of joined ones."""
-        halves = {}
+        halves: dict[str, Any] = {}
         for half, block in (("attention", Attention), ("mlp", MLP)):
             prefix = f"blocks.0.{half}."
             known = {path.removeprefix(prefix) for path in self.info if path.startswith(prefix)}
             names = block.build(lambda name, known=known: name if name in known else None)
-            filled = {}
+            filled: dict[str, Any] = {}
             for field in dataclasses.fields(names):
                 value = getattr(names, field.name)
                 if isinstance(value, tuple):
@@ -231,9 +235,8 @@ class _Placer:
             raise MeshError(
                 f"{half}.{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first"
             )
-        return self._arrays(
-            lambda stage: self._paths(stage, slot, half, names), staged=True, spare=self._paths(0, 0, half, names)
-        )
+        paths = functools.partial(self._paths, slot=slot, half=half, names=names)
+        return self._arrays(paths, staged=True, spare=self._paths(0, 0, half, names) or ())
 
     def _arrays(self, paths: Callable[[int], Sequence[str] | None], *, staged: bool, spare: Sequence[str] = ()):
         """One weight on every device of the mesh that is this process's. paths(stage): the tensors that are joined along their
@@ -278,7 +281,12 @@ class _Placer:
                 self.progress(len(self.read_names), len(self.info), name)
         if len(parts) == 1:
             return parts[0]
-        return qtensor.concatenate(parts) if isinstance(parts[0], QTensor) else np.concatenate(parts)
+        return qtensor.concatenate(parts) if isinstance(parts[0], QTensor) else np.concatenate(parts)  # type: ignore[arg-type]
+
+
+def _same(names: Sequence[str], stage: int) -> Sequence[str]:
+    """The tensors of a weight that every stage shares."""
+    return names
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,7 +120,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreResult:
-    """A scored prompt. logprobs: one per token, None for the first. greedy_token_ids: the most likely token at each place after the first."""
+    """A scored prompt. logprobs: one per token, None for the first. greedy_token_ids: the most likely token at each place, likewise."""
 
     token_ids: list[int]
     logprobs: list[float | None]

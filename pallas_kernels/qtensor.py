@@ -155,10 +155,9 @@ def round_to_nearest(
         q = xp.clip(xp.rint(_safe_divide(xp, g - zeros.astype(xp.float32), scales)), 0, 15)
         zeros = zeros[..., 0]
     q = q.reshape(w.shape)
-    if format == "int8":
-        values = q.astype(xp.int8)
-    else:
-        values = pack_int4((q + INT4_OFFSET if symmetric else q).astype(xp.uint8), group)
+    if format == "int4":
+        q = pack_int4((q + (INT4_OFFSET if symmetric else 0)).astype(xp.uint8), group)
+    values = q.astype(xp.uint8 if format == "int4" else xp.int8)
     return QTensor(values=values, scales=scales[..., 0], zeros=zeros, format=format, group=group, activation=activation)
 
 

@@ -134,9 +134,8 @@ def make_smollm2(gguf: Path, out: Path) -> str:
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     prompts = {}
     for name, source in SMOLLM2_PROMPTS.items():
-        if isinstance(source, str):
-            text = source
-        else:
+        text = source
+        if not isinstance(source, str):
             text = tokenizer.apply_chat_template(source, tokenize=False, add_generation_prompt=True)
         ids = tokenizer(text, add_special_tokens=False).input_ids
         answer = greedy(model, ids, SMOLLM2_NEW_TOKENS)

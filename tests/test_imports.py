@@ -27,6 +27,7 @@ ROWS = [
     {"placement"},
     {"quantization"},
     {"generation", "loading", "memory", "requests"},
+    {"programs"},
     {"engine"},
     {"scheduler"},
     {"api", "planning"},

@@ -56,5 +56,6 @@ class ModelConfig:
         """Inverse of `to_dict`. Raises TypeError for a missing or unknown field."""
         values = dict(values)
         attention = dict(values.pop("attention"))
-        rope = RopeConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in attention.pop("rope").items()})
+        rope_values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in attention.pop("rope").items()}
+        rope = RopeConfig(**rope_values)
         return cls(attention=AttentionConfig(rope=rope, **attention), mlp=MLPConfig(**values.pop("mlp")), **values)

@@ -112,13 +112,14 @@ class ParameterInfo:
 def parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
     """Module path -> ParameterInfo of every parameter of a Decoder. All layers are alike, so one is built, abstractly."""
     one = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, layers=1)))
-    out = {}
+    out: dict[str, ParameterInfo] = {}
     for path, p in nnx.to_flat_state(nnx.state(one, nnx.Param)):
         info = ParameterInfo(shape=p.get_value().shape, axes=p.get_metadata("axes"))
-        if path[0] == "blocks":
-            out |= {f"blocks.{i}." + ".".join(path[2:]): info for i in range(config.layers)}
+        names = [str(part) for part in path]
+        if names[0] == "blocks":
+            out |= {f"blocks.{i}." + ".".join(names[2:]): info for i in range(config.layers)}
         else:
-            out[".".join(path)] = info
+            out[".".join(names)] = info
     return out
 
 
@@ -167,9 +168,9 @@ def layer(weights: LayerWeights, x, cache, angles, positions, rows, *, spec: Lay
         x = ctx.leave(y)
     with jax.named_scope("mlp_block"):
         m, entered = weights.mlp, ctx.enter(x)
-        own = dataclasses.replace(m, norm=ctx.enter(m.norm), down_bias=ctx.on_first_rank(ctx.enter(m.down_bias)))
+        mine = dataclasses.replace(m, norm=ctx.enter(m.norm), down_bias=ctx.on_first_rank(ctx.enter(m.down_bias)))
         residual = ctx.on_first_rank(entered)
-        x = ctx.leave(mlp_block(entered, own, spec=spec.mlp, residual=residual, max_over_shards=ctx.max_over_tensor))
+        x = ctx.leave(mlp_block(entered, mine, spec=spec.mlp, residual=residual, max_over_shards=ctx.max_over_tensor))
     return x, cache
 
 

@@ -28,7 +28,8 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
             cache = LayerCache(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))  # as the fresh cache numbers them
         else:
-            q, cache = rope_cache(q, k, v, *angles, cache, rows=rows, positions=positions, write=write)
+            cos, sin = angles
+            q, cache = rope_cache(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write)
     with jax.named_scope("attention"):
         o = attention(q, cache, rows=rows, positions=positions, scale=spec.scale).reshape(B, T, -1)
     with jax.named_scope("out"):

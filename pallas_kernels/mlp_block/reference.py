@@ -1,6 +1,7 @@
 """`mlp_block` as the composition of the small operations: its meaning, and the path of a device without a fused kernel."""
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import jax.numpy as jnp
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.quant_matmul import quant_matmul
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),

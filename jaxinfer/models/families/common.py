@@ -127,7 +127,7 @@ def check_keys(hf: Mapping[str, Any], understood: Collection[str]) -> None:
 
 
 def is_tied(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, embedding: str, head: str) -> bool:
-    """Whether the head is the embedding. A head that is stored and differs is used, whatever tie_word_embeddings says, as in transformers."""
+    """Whether the head is the embedding. A stored head that differs is used, whatever tie_word_embeddings says, as in transformers."""
     if not hf.get("tie_word_embeddings", False):
         return False
     if head not in tensors or embedding not in tensors:
@@ -137,7 +137,7 @@ def is_tied(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, embeddi
         return False
     step = 1024  # rows in memory at once
     rows = (Units(1, tuple(range(i, min(i + step, a.shape[0])))) for i in range(0, a.shape[0], step))
-    return all(np.array_equal(as_float(a).read((r, None)), as_float(b).read((r, None))) for r in rows)
+    return all(np.array_equal(np.asarray(as_float(a).read((r, None))), np.asarray(as_float(b).read((r, None)))) for r in rows)
 
 
 def activation(name: str) -> str:
