@@ -5,7 +5,7 @@ import difflib
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,10 @@ def _checked_keys(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
             hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(_fields(cls))}"
             raise ConfigError(f"{where} has no key {key!r}{hint}")
     return dict(values)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _whole(owner: str, name: str, value: Any, low: int, high: int | None = None) -> None:
@@ -128,6 +132,9 @@ class CacheConfig:
             raise ConfigError(f"kv_cache.dtype is {self.dtype!r}; choose one of {', '.join(CACHE_DTYPES)}")
 
 
+_PARTS = {"quantization": QuantizationConfig, "engine": ParallelConfig, "kv_cache": CacheConfig}  # of EngineConfig
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """How a model is loaded and run.
@@ -147,16 +154,24 @@ class EngineConfig:
     kv_cache: CacheConfig = CacheConfig()
     max_logprobs: int = 5
     memory_fraction: float = 0.9
-    compilation_cache: str | bool | None = None
+    compilation_cache: str | Path | bool | None = None
 
     def __post_init__(self):
+        for name, part in _PARTS.items():
+            value = getattr(self, name)
+            if not isinstance(value, part) and not (name == "quantization" and value is None):
+                raise ConfigError(f"{name} is {value!r}; give a {part.__name__}, or a dict through EngineConfig.load")
+        if self.quantization is not None and not self.quantization.enabled:
+            object.__setattr__(self, "quantization", None)
         _whole("config", "inference_max_tokens", self.inference_max_tokens, 2)
         _whole("config", "micro_batch_size", self.micro_batch_size, 1)
         _whole("config", "max_logprobs", self.max_logprobs, 0, MAX_TOP_LOGPROBS)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}, or quantization for fewer bits")
-        if not 0 < self.memory_fraction <= 1:
+        if not _is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}; give a number above 0, at most 1")
+        if not isinstance(self.compilation_cache, str | Path | bool | None):
+            raise ConfigError(f"compilation_cache is {self.compilation_cache!r}; give a folder, None for the user's, or False")
 
     @classmethod
     def load(cls, source: "EngineConfig | Mapping[str, Any] | str | Path | None") -> "EngineConfig":
@@ -175,13 +190,11 @@ class EngineConfig:
         if not isinstance(source, Mapping):
             raise ConfigError(f"a configuration is a dict or a JSON object, got {type(source).__name__}")
         values = _checked_keys(cls, source, "the configuration")
-        for key, part in (("quantization", QuantizationConfig), ("engine", ParallelConfig), ("kv_cache", CacheConfig)):
+        for key, part in _PARTS.items():
             if isinstance(values.get(key), Mapping):
                 values[key] = part(**_checked_keys(part, values[key], key))
             elif key == "quantization" and isinstance(values.get(key), str):
                 values[key] = QuantizationConfig.parse(values[key])
-        if values.get("quantization") is not None and not values["quantization"].enabled:
-            values["quantization"] = None
         return cls(**values)
 
 
@@ -207,21 +220,23 @@ class SamplingParams:
     logprobs: int | None = None
 
     def __post_init__(self):
-        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
-        number = lambda v: isinstance(v, int | float) and not isinstance(v, bool) and math.isfinite(v)
+        for name in ("stop", "stop_token_ids"):
+            value = getattr(self, name)
+            several = isinstance(value, Iterable) and not isinstance(value, str)
+            object.__setattr__(self, name, tuple(value) if several else (value,))
         checks = {
             "max_tokens": (
                 self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1),
                 "at least 1, or None",
             ),
-            "temperature": (number(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
+            "temperature": (_is_number(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
             "top_k": (type(self.top_k) is int and self.top_k >= 0, "0 (off) or more"),
-            "top_p": (number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
-            "min_p": (number(self.min_p) and 0 <= self.min_p < 1, "0 (off) or more, below 1"),
+            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
+            "min_p": (_is_number(self.min_p) and 0 <= self.min_p < 1, "0 (off) or more, below 1"),
             "seed": (type(self.seed) is int and 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295"),
             "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
             "stop_token_ids": (all(type(t) is int and t >= 0 for t in self.stop_token_ids), "token ids"),
+            "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
             "logprobs": (
                 self.logprobs is None or (type(self.logprobs) is int and 0 <= self.logprobs <= MAX_TOP_LOGPROBS),
                 f"None, or 0 to {MAX_TOP_LOGPROBS}",

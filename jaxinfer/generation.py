@@ -101,6 +101,7 @@ def _pipeline(weights, x, lengths, plan: Plan) -> tuple[jax.Array, tuple[LayerCa
     rows = x.shape[0]
     parts = P if rows % P == 0 else 1  # micro-batches, so that stages work side by side
     stage, size = ctx.stage_index(), rows // parts
+    x = ctx.enter_stages(x)  # only the first stage reads it
     shapes = jax.eval_shape(lambda: run(weights.layers, x[:size], lengths[:size]))[1]
 
     def tick(t, carry):
@@ -301,6 +302,18 @@ def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tupl
         counts=put(emitted.counts, counts + accepted),
         done=put(emitted.done, ~still),
     )
+
+
+def forward(weights, tokens, lengths, *, plan: Plan) -> jax.Array:
+    """Logits float32 [B, T, V] of whole rows: the module's call on placed weights, with gradients that are right inside shard_map.
+
+    tokens int32 [B, T], padded on the right; lengths int32 [B]. Gradients of weights that several shards hold whole are whole on each;
+    under a data axis they are of the local rows, to be summed over it.
+    """
+    ctx = plan.context
+    x, _ = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)
+    logits = head_logits(weights, ctx.from_last_stage(x), plan.config, ctx)
+    return ctx.gather_vocab(logits)[..., : plan.config.vocab]
 
 
 SCORE_CHUNK = 128  # tokens whose logits are in memory at once

@@ -32,7 +32,8 @@ from sharding.rules import STAGE, TENSOR_AXES, spec
 class Readable(Protocol):
     """A tensor that can be read in pieces: a file's, or a module's parameter."""
 
-    shape: tuple[int, ...]
+    @property
+    def shape(self) -> tuple[int, ...]: ...
 
     def read(self, units: Sequence[Units | None] | None = None) -> np.ndarray | QTensor: ...
 
@@ -231,7 +232,7 @@ class _Placer:
     def _weight(self, slot: int, half: str, names: Sequence[str]):
         kinds = {self._kind(slot, half, name) for name in names}
         spare = self._kind(0, half, names[0])
-        if len(self.plan.counts) > 1 and kinds != {spare}:
+        if min(self.plan.counts) <= slot and kinds != {spare}:  # an empty slot takes the shape of the stage's first layer
             raise MeshError(
                 f"{half}.{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first"
             )

@@ -67,7 +67,7 @@ next_stage.defvjp(lambda x, axis: (next_stage(x, axis), None), _previous_stage)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expected:
-    """Collectives that one compiled decode program holds, by HLO name."""
+    """Collectives in the text of a compiled program, where a loop's body counts once and both branches of a conditional count."""
 
     all_reduce: int = 0
     all_gather: int = 0
@@ -77,6 +77,22 @@ class Expected:
         """Counts under their HLO names, zeros left out."""
         named = {"all-reduce": self.all_reduce, "all-gather": self.all_gather, "collective-permute": self.collective_permute}
         return {name: n for name, n in named.items() if n}
+
+
+def expected_decode(*, slots: int, stages: int, tensor: int) -> Expected:
+    """What a decode program must have, and no more.
+
+    slots: layers of the longest stage. stages, tensor: sizes of the mesh's axes. Per tick: two all-reduces a layer under tensor
+    parallelism; where the vocabulary is split one for the embedding, two for the greedy token (largest logit, lowest id), two for
+    log-probabilities if asked for, and one all-gather of the logits if any token is drawn; with a pipeline one all-reduce of the
+    last stage's output and one permute.
+    """
+    split_vocab, split_layers, pipeline = stages * tensor > 1, tensor > 1, stages > 1
+    return Expected(
+        all_reduce=5 * split_vocab + 2 * slots * split_layers + pipeline,
+        all_gather=int(split_vocab),
+        collective_permute=int(pipeline),
+    )
 
 
 def all_reduce_bytes(size: int, ranks: int) -> int:

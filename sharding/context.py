@@ -84,6 +84,10 @@ class ParallelContext:
         """This device's stage, int32 scalar."""
         return lax.axis_index(self.stage) if self.stage else jnp.int32(0)
 
+    def enter_stages(self, x):
+        """A replicated `x` that not every stage uses (a gradient rule only)."""
+        return collectives.enter(x, (self.stage,)) if self.stage else x
+
     def next_stage(self, x):
         return collectives.next_stage(x, self.stage) if self.stage else x
 

@@ -1,15 +1,28 @@
-"""Fixtures that several rooms of tests share."""
+"""What several rooms of tests share: eight CPU devices, a compilation cache that is not the user's, the real model."""
 
 import os
 from pathlib import Path
 
+import jax
 import pytest
+
+# before any test starts the backend; a mesh takes as many as it needs
+jax.config.update("jax_num_cpu_devices", 8)
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_addoption(parser):
     parser.addoption("--golden", metavar="DIR", help="golden cases of this folder instead of tests/golden")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Compiled programs are shared by all tests, in JAX_COMPILATION_CACHE_DIR where that is set; never in the user's folder."""
+    if not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
 @pytest.fixture(scope="session")

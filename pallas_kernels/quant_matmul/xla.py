@@ -68,12 +68,16 @@ def _quantized(x, w, max_over_shards):
     x = jax.lax.optimization_barrier(x)
     per_channel = w.format == "int8" and w.group is None
     if w.activation is None:
-        return _by_digits(x.astype(jnp.float32), w) if per_channel else _by_chunks(x, w)
+        if not per_channel:
+            return _by_chunks(x, w)
+        x = x.astype(jnp.float32)
+        return _by_digits(x, jnp.max(jnp.abs(x), -1, keepdims=True) / 127, w)
     levels, scales = quantize_activations(x, w.activation, max_over_shards)
     if per_channel and scales.shape[-1] == 1:
         return _dot(levels, w.values).astype(jnp.float32) * scales * w.scales[:, 0].astype(jnp.float32)
     x = dequantize_activations(levels, scales, w.activation)
-    return _by_digits(x, w) if per_channel else _by_chunks(x, w)
+    # the largest input of a group has level 127, so that the largest scale serves the row without another pass over it
+    return _by_digits(x, jnp.max(scales, -1, keepdims=True), w) if per_channel else _by_chunks(x, w)
 
 
 def _forward(x, w, max_over_shards):
@@ -89,9 +93,8 @@ def _backward(max_over_shards, saved, gradient):
 _quantized.defvjp(_forward, _backward)
 
 
-def _by_digits(x, w):
-    """An int8 weight with a scale per channel; x float32 [M, I] as three int8 digits of one scale a row."""
-    scale = jnp.max(jnp.abs(x), -1, keepdims=True) / 127
+def _by_digits(x, scale, w):
+    """An int8 weight with a scale per channel; x float32 [M, I] as three int8 digits, scale [M, 1] its largest over 127."""
     rest, digits = x / jnp.where(scale == 0, 1, scale), []
     for _ in range(3):
         digit = jnp.clip(jnp.rint(rest), -127, 127)  # clips rows of denormal numbers only

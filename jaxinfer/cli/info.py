@@ -1,0 +1,211 @@
+"""`jaxinfer info`: what a checkpoint holds, without reading its weights; or what this machine has."""
+
+import argparse
+import importlib
+import importlib.metadata
+import math
+import os
+import platform
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from jaxinfer.cli.environment import start_jax
+from jaxinfer.cli.output import format_bytes, print_fields, print_json, work
+
+CACHE_DTYPES = ("float32", "bfloat16", "int8")
+
+
+def add_parser(commands) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="what a checkpoint holds, or what this machine has",
+        description="Print what a checkpoint holds (no weight is read), or with --system what jax finds on this machine.",
+        epilog="""examples:
+  jaxinfer info demo
+  jaxinfer info path/to/model.gguf --json
+  jaxinfer info --system""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="a folder, a .gguf file, a hub id, or demo")
+    parser.add_argument("--system", action="store_true", help="versions, devices, and the implementations of each operation")
+    parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
+    parser.set_defaults(run=run, parser=parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    if bool(args.source) == args.system:
+        args.parser.error("give a SOURCE, or --system")
+    start_jax()
+    if args.system:
+        facts = system_facts()
+        print_json(facts) if args.json else _print_system(facts)
+    else:
+        facts = source_facts(args.source)
+        print_json(facts) if args.json else _print_source(facts)
+    return 0
+
+
+def stored_forms(tensors: Iterable[Any]) -> dict[str, dict[str, int]]:
+    """LazyTensors by the form they have when read: {"int4, group 32": {"tensors", "parameters", "bytes"}}, largest first."""
+    forms: dict[str, dict[str, int]] = {}
+    for tensor in tensors:
+        form = forms.setdefault(_form(tensor), {"tensors": 0, "parameters": 0, "bytes": 0})
+        form["tensors"] += 1
+        form["parameters"] += math.prod(tensor.shape)
+        form["bytes"] += tensor.nbytes
+    return dict(sorted(forms.items(), key=lambda item: -item[1]["bytes"]))
+
+
+def _form(tensor) -> str:
+    packed = tensor.packed
+    if packed is None:
+        return tensor.dtype.name
+    parts = [packed.format, f"group {packed.group}" if packed.group else "per channel"]
+    if packed.zeros:
+        parts.append("with minimum")
+    if packed.activation:
+        parts.append(f"int8 inputs per {packed.activation.group or 'token'}")
+    return ", ".join(parts)
+
+
+def cache_bytes(config, dtype: str) -> int:
+    """Bytes of keys and values that a token takes in the whole model; int8 has a float32 scale per head."""
+    from convert.readers.base import dtype_named
+
+    a = config.attention
+    return config.layers * a.kv_heads * 2 * (a.head_dim * dtype_named(dtype).itemsize + (4 if dtype == "int8" else 0))
+
+
+def source_facts(source: str) -> dict[str, Any]:
+    """All that `info SOURCE` prints, as JSON values."""
+    from jaxinfer.loading import open_source
+    from jaxinfer.text import NoTokenizerError, Tokenizer
+
+    with work(f"reading {source}") as progress:
+        opened = open_source(source, progress)
+        try:
+            tokenizer: Tokenizer | None = Tokenizer.from_assets(opened.assets)
+        except NoTokenizerError:
+            tokenizer = None
+    config = opened.config
+    forms = stored_forms(opened.tensors.values())
+    return {
+        "source": source,
+        "path": str(opened.path),
+        "format": opened.format,
+        "architecture": config.to_dict(),
+        "parameters": sum(form["parameters"] for form in forms.values()),
+        "bytes": sum(form["bytes"] for form in forms.values()),
+        "stored": forms,
+        "cache_bytes_per_token": {dtype: cache_bytes(config, dtype) for dtype in CACHE_DTYPES},
+        "tokenizer": tokenizer
+        and {
+            "vocabulary": tokenizer.vocab_size,
+            "bos_id": tokenizer.bos_id,
+            "eos_ids": list(tokenizer.eos_ids),
+            "chat_template": bool(opened.assets.config.get("chat_template")),
+        },
+    }
+
+
+def _print_source(facts: dict[str, Any]) -> None:
+    a = facts["architecture"]
+    attention, mlp = a["attention"], a["mlp"]
+    tokenizer = facts["tokenizer"]
+    lines = [f"{name}: {form['tensors']} tensors, {format_bytes(form['bytes'])}" for name, form in facts["stored"].items()]
+    caches = [f"{dtype} {format_bytes(size)}" for dtype, size in facts["cache_bytes_per_token"].items()]
+    text = "none: prompts are token ids"
+    if tokenizer:
+        template = "a chat template" if tokenizer["chat_template"] else "no chat template"
+        text = f"{tokenizer['vocabulary']} entries, ends at {tokenizer['eos_ids']}, {template}"
+    biases = [name for name, there in (("q, k, v", attention["bias"]), ("output", attention["output_bias"])) if there]
+    print_fields(
+        {
+            "source": f"{facts['path']} ({facts['format']})",
+            "family": a["family"],
+            "layers": f"{a['layers']} of width {a['embed']}",
+            "attention": f"{attention['heads']} heads of {attention['head_dim']}, {attention['kv_heads']} for keys and values"
+            + (f"; biases on {' and '.join(biases)}" if biases else ""),
+            "mlp": f"width {mlp['width']}, {'gated ' if mlp['gated'] else ''}{mlp['activation']}{', biases' * mlp['bias']}",
+            "rope": _rope(attention["rope"]),
+            "context": f"{a['max_positions']} tokens",
+            "vocabulary": f"{a['vocab']}, the head {'is the embedding' if a['tied'] else 'has weights of its own'}",
+            "tokenizer": text,
+            "parameters": f"{facts['parameters']:,}",
+            "weights": format_bytes(facts["bytes"]) + "\n" + "\n".join(lines),
+            "cache": "a token takes " + ", ".join(caches),
+        }
+    )
+
+
+def _rope(rope: dict[str, Any]) -> str:
+    text = f"theta {rope['theta']:g} over {rope['dim']} dimensions"
+    if rope["kind"] == "default":
+        return text
+    factor = f" by {rope['factor']:g}" if rope["factor"] != 1 else ""
+    origin = f" from {rope['original_positions']} tokens" if rope["original_positions"] else ""
+    return f"{text}, {rope['kind']} scaling{factor}{origin}"
+
+
+def system_facts() -> dict[str, Any]:
+    """All that `info --system` prints, as JSON values."""
+    import jax
+    import psutil
+
+    registry = _full_registry()
+    memory = psutil.virtual_memory()
+    return {
+        "versions": {"python": platform.python_version()}
+        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
+        "host": {
+            "system": f"{platform.system()} {platform.machine()}",
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "memory_bytes": memory.total,
+            "available_bytes": memory.available,
+        },
+        "backend": jax.default_backend(),
+        "devices": [
+            {
+                "id": device.id,
+                "platform": device.platform,
+                "kind": device.device_kind,
+                "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
+            }
+            for device in jax.devices()
+        ],
+        "operations": {op: [i.name for i in registry.implementations(op)] for op in registry.operations()},
+    }
+
+
+def _full_registry():
+    """The registry after every operation of pallas_kernels is imported: a room registers its implementations."""
+    import pkgutil
+
+    import pallas_kernels
+    from pallas_kernels import registry
+
+    for module in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
+        if module.ispkg:
+            importlib.import_module(module.name)
+    return registry
+
+
+def _print_system(facts: dict[str, Any]) -> None:
+    host = facts["host"]
+    devices = []
+    for d in facts["devices"]:
+        memory = f", {format_bytes(d['memory_bytes'])}" if d["memory_bytes"] else ""
+        devices.append(f"{d['platform']} {d['id']}: {d['kind']}{memory}")
+    print_fields(
+        {
+            "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
+            "host": f"{host['system']}, {host['cores']} cores, {format_bytes(host['available_bytes'])} of "
+            f"{format_bytes(host['memory_bytes'])} memory available",
+            "backend": facts["backend"],
+            "devices": "\n".join(devices),
+        }
+    )
+    print("\noperations (the first implementation that can run is taken)", file=sys.stdout)
+    print_fields({f"  {op}": ", ".join(names) for op, names in facts["operations"].items()})

@@ -1,0 +1,566 @@
+"""Every wrong input has an error of its own class, that names the value, the limit and what to do, before anything is compiled."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf
+import golden_weights
+import jax
+import numpy as np
+import pytest
+from tiny_llama import TINY, tensor_shapes
+
+import jaxinfer
+from jaxinfer import EngineConfig, QuantizationConfig, SamplingParams, errors
+from jaxinfer.models.decoder import Decoder
+from sharding.mesh import make_mesh
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiled(compiled: list[str]):
+    """Of every test here: whatever is refused is refused before XLA is asked."""
+    yield
+    assert not compiled
+
+
+def check(error: pytest.ExceptionInfo, *words: str) -> None:
+    """The message holds all of these words."""
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"
+
+
+@pytest.fixture(scope="module")
+def engine(tiny) -> jaxinfer.Engine:
+    config = {"inference_max_tokens": 32, "micro_batch_size": 2, "max_logprobs": 3, "compilation_cache": False}
+    return jaxinfer.init_inference(tiny.folder, config)
+
+
+# --- prompts and limits
+
+
+def test_generation_past_the_limit(engine) -> None:
+    with pytest.raises(errors.TokenLimitError) as error:
+        engine.generate([[1] * 4, [1] * 20], SamplingParams(max_tokens=13))
+    check(error, "prompt 1", "20 tokens", "13 new", "inference_max_tokens is 32", "lower max_tokens to 12")
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "score"])
+def test_prompt_past_the_limit(engine, call: str) -> None:
+    with pytest.raises(errors.TokenLimitError) as error:
+        getattr(engine, call)([1] * 33)
+    check(error, "33 tokens", "inference_max_tokens is 32", "shorten it or raise the limit")
+
+
+def test_prompt_that_leaves_no_room(engine) -> None:
+    with pytest.raises(errors.TokenLimitError) as error:
+        engine.generate([1] * 32)
+    check(error, "32 tokens", "1 new", "raise the limit")
+
+
+@pytest.mark.parametrize("call", ["generate", "stream", "score"])
+@pytest.mark.parametrize("prompt", ["", [], np.zeros((0,), np.int32)], ids=["text", "list", "array"])
+def test_empty_prompt(engine, call: str, prompt) -> None:
+    with pytest.raises(errors.PromptError, match="at least one token"):
+        getattr(engine, call)(prompt)
+
+
+@pytest.mark.parametrize("prompts", [[[1, 2], []], [[]], ["a", ""]], ids=str)
+def test_empty_prompt_in_a_batch(make_engine, byte_tokenizer, prompts) -> None:
+    engine = make_engine(tokenizer=byte_tokenizer)
+    for call in (engine.generate, engine.score):
+        with pytest.raises(errors.PromptError, match=f"prompt {len(prompts) - 1} is empty; give at least one token"):
+            call(prompts)
+
+
+@pytest.mark.parametrize("token", [97, -1, 2**40])
+def test_token_out_of_the_vocabulary(engine, token: int) -> None:
+    for prompt in ([1, token], [[1], [1, token]]):
+        with pytest.raises(errors.PromptError) as error:
+            engine.generate(prompt)
+        check(error, f"token {token}", "0 to 96")
+
+
+@pytest.mark.parametrize("prompt", [[[1.5, 2]], [[True, None]], [["1"]], [None], 5, [[[1, 2]]]], ids=repr)
+def test_prompt_of_another_type(engine, prompt) -> None:
+    for call in (engine.generate, engine.score):
+        with pytest.raises(errors.PromptError, match="text or a list of token ids"):
+            call(prompt)
+
+
+def test_text_without_a_tokenizer(engine) -> None:
+    with pytest.raises(errors.PromptError, match="no tokenizer; give token ids"):
+        engine.generate("text")
+    with pytest.raises(errors.ConfigError, match="stop strings need a tokenizer; use stop_token_ids"):
+        engine.generate([1], SamplingParams(stop="a"))
+
+
+# --- sampling parameters
+
+
+@pytest.mark.parametrize(
+    ("values", "limit"),
+    [
+        ({"max_tokens": 0}, "at least 1"),
+        ({"max_tokens": 2.5}, "at least 1"),
+        ({"temperature": -0.1}, "0 (greedy) or more"),
+        ({"temperature": float("nan")}, "0 (greedy) or more"),
+        ({"temperature": "warm"}, "0 (greedy) or more"),
+        ({"top_k": -1}, "0 (off) or more"),
+        ({"top_k": True}, "0 (off) or more"),
+        ({"top_p": 0.0}, "above 0"),
+        ({"top_p": 1.1}, "at most 1"),
+        ({"min_p": 1.0}, "below 1"),
+        ({"min_p": -0.5}, "0 (off) or more"),
+        ({"seed": -1}, "4294967295"),
+        ({"seed": 2**32}, "4294967295"),
+        ({"stop": ("a", "")}, "not empty"),
+        ({"stop": ""}, "not empty"),
+        ({"stop": 5}, "not empty"),
+        ({"stop": None}, "not empty"),
+        ({"stop_token_ids": (-1,)}, "token ids"),
+        ({"stop_token_ids": ("a",)}, "token ids"),
+        ({"stop_token_ids": 7}, "token ids"),
+        ({"ignore_eos": "no"}, "True or False"),
+        ({"logprobs": -1}, "0 to 20"),
+        ({"logprobs": 21}, "0 to 20"),
+    ],
+    ids=str,
+)
+def test_sampling_params(values: dict[str, Any], limit: str) -> None:
+    with pytest.raises(errors.SamplingParamsError) as error:
+        SamplingParams(**values)
+    ((name, value),) = values.items()
+    check(error, f"{name} is {value!r}", limit)
+
+
+def test_more_logprobs_than_the_engine_has(engine) -> None:
+    with pytest.raises(errors.ConfigError) as error:
+        engine.generate([1], SamplingParams(logprobs=4))
+    check(error, "logprobs is 4", "max_logprobs is 3")
+
+
+def test_too_many_stop_tokens(engine) -> None:
+    with pytest.raises(errors.ConfigError) as error:
+        engine.generate([1], SamplingParams(stop_token_ids=tuple(range(17))))
+    check(error, "17 stop tokens", "at most 16")
+
+
+def test_stop_token_out_of_the_vocabulary(engine) -> None:
+    with pytest.raises(errors.ConfigError) as error:
+        engine.generate([1], SamplingParams(stop_token_ids=(97,)))
+    check(error, "stop token 97", "0 to 96")
+
+
+def test_params_that_do_not_match_the_prompts(engine) -> None:
+    with pytest.raises(errors.ConfigError, match="2 SamplingParams for 1 prompts; give one for all, or one each"):
+        engine.generate([[1]], [SamplingParams(), SamplingParams()])
+    with pytest.raises(errors.ConfigError, match=r"SamplingParams, got dict"):
+        engine.generate([1], {"max_tokens": 3})
+
+
+def test_stream_of_no_tokens_at_a_time(engine) -> None:
+    with pytest.raises(errors.ConfigError, match="every is 0; give at least 1"):
+        engine.stream([1], every=0)
+
+
+def test_closed_engine(tiny) -> None:
+    engine = jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 32, "compilation_cache": False})
+    engine.close()
+    engine.close()  # a second time is nothing
+    for call in (engine.generate, engine.stream, engine.score, engine.init_state):
+        with pytest.raises(errors.EngineStateError, match="closed; make a new one with jaxinfer.init_inference"):
+            call([1])
+    with pytest.raises(errors.EngineStateError):
+        _ = engine.params
+
+
+def test_state_of_more_rows_than_the_engine_has(engine) -> None:
+    for rows in (0, 3):
+        with pytest.raises(errors.EngineStateError) as error:
+            engine.init_state(rows)
+        check(error, f"batch {rows}", "1 to 2")
+
+
+# --- configuration
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"inference_max_token": 8}, ["'inference_max_token'", "did you mean 'inference_max_tokens'"]),
+        ({"zzz": 8}, ["'zzz'", "known are"]),
+        ({"engine": {"tensor_parallel": 2}}, ["engine has no key 'tensor_parallel'", "'tensor_parallel_size'"]),
+        ({"quantization": {"weight_bit": 8}}, ["quantization has no key", "'weight_bits'"]),
+        ({"kv_cache": {"dtyp": "int8"}}, ["kv_cache has no key", "'dtype'"]),
+        ({"inference_max_tokens": 1}, ["inference_max_tokens is 1", "at least 2"]),
+        ({"inference_max_tokens": 8.0}, ["inference_max_tokens is 8.0", "whole number"]),
+        ({"micro_batch_size": 0}, ["micro_batch_size is 0", "at least 1"]),
+        ({"max_logprobs": 21}, ["max_logprobs is 21", "0 to 20"]),
+        ({"dtype": "float8"}, ["dtype is 'float8'", "float32, bfloat16, float16"]),
+        ({"kv_cache": {"dtype": "int4"}}, ["kv_cache.dtype is 'int4'", "int8"]),
+        ({"kv_cache": "int8"}, ["kv_cache is 'int8'", "CacheConfig"]),
+        ({"engine": 2}, ["engine is 2", "ParallelConfig"]),
+        ({"engine": {"tensor_parallel_size": 0}}, ["tensor_parallel_size is 0", "at least 1"]),
+        ({"engine": {"pipeline_parallel_size": True}}, ["pipeline_parallel_size is True", "at least 1"]),
+        ({"quantization": 8}, ["quantization is 8", "QuantizationConfig"]),
+        ({"quantization": "w3a3"}, ["'w3a3'", "examples: int8"]),
+        ({"quantization": "w4a16-g48"}, ["group_size is 48", "32, 64 or 128"]),
+        ({"quantization": "w8a8-asym"}, ["symmetric is False", "weight_bits 4"]),
+        ({"quantization": {"weight_bits": 2}}, ["weight_bits is 2", "choose 8 or 4"]),
+        ({"quantization": {"activation_bits": 4}}, ["activation_bits is 4", "choose 8 or 16"]),
+        ({"quantization": {"head_bits": 4}}, ["head_bits is 4", "choose 8 or 16"]),
+        ({"quantization": {"group_size": 33}}, ["group_size is 33", "even number"]),
+        ({"memory_fraction": 0}, ["memory_fraction is 0", "above 0"]),
+        ({"memory_fraction": 1.5}, ["memory_fraction is 1.5", "at most 1"]),
+        ({"memory_fraction": "all"}, ["memory_fraction is 'all'", "at most 1"]),
+        ({"compilation_cache": 5}, ["compilation_cache is 5", "folder"]),
+    ],
+    ids=str,
+)
+def test_configuration(values: dict[str, Any], words: list[str], tiny, tmp_path: Path) -> None:
+    with pytest.raises(errors.ConfigError) as error:
+        jaxinfer.init_inference(tiny.folder, values)
+    check(error, *words)
+    (tmp_path / "config.json").write_text(json.dumps(values))
+    with pytest.raises(errors.ConfigError) as error:
+        EngineConfig.load(tmp_path / "config.json")
+    check(error, *words)
+
+
+def test_configuration_from_python() -> None:
+    for values in ({"engine": {"tensor_parallel_size": 2}}, {"kv_cache": "int8"}, {"quantization": "w8a8"}):
+        with pytest.raises(errors.ConfigError, match="EngineConfig.load"):
+            EngineConfig(**values)
+
+
+def test_configuration_file(tmp_path: Path) -> None:
+    (tmp_path / "bad.json").write_text('{"dtype": ')
+    for source, word in (
+        (tmp_path / "bad.json", "is not JSON"),
+        (tmp_path / "none.json", "No such file"),
+        ([1], "got list"),
+        (5, "got int"),
+    ):
+        with pytest.raises(errors.ConfigError, match=word):
+            EngineConfig.load(source)
+
+
+def test_quantisation_spec() -> None:
+    for spec in ("", "int16", "w8a4", "w4a16g32", "W8A8"):
+        with pytest.raises(errors.ConfigError, match="is not understood; examples: int8, int4"):
+            QuantizationConfig.parse(spec)
+
+
+def test_groups_that_do_not_divide(tiny) -> None:
+    """72 inputs are no multiple of 64."""
+    with pytest.raises(errors.QuantizationError) as error:
+        jaxinfer.init_inference(tiny.folder, {"quantization": "w4a16"})
+    check(error, "groups of 64 do not divide its 72 inputs", "choose one of")
+
+
+def test_a_module_is_run_as_it_is(tiny_decoder) -> None:
+    for values in ({"dtype": "bfloat16"}, {"quantization": "w8a8"}):
+        with pytest.raises(errors.ConfigError, match="a Decoder in memory is run as it is"):
+            jaxinfer.init_inference(tiny_decoder, values)
+
+
+# --- memory
+
+
+def test_batch_too_large_for_memory(tiny, tiny_decoder) -> None:
+    for source in (tiny.folder, tiny_decoder):
+        with pytest.raises(errors.MemoryPlanError) as error:
+            jaxinfer.init_inference(source, {"micro_batch_size": 1 << 20, "inference_max_tokens": 1 << 16})
+        check(error, "GiB free", "lower micro_batch_size (1048576)", "inference_max_tokens (65536)", "more devices")
+
+
+def test_weights_too_large_for_memory(tiny, tiny_decoder) -> None:
+    config = {"memory_fraction": 1e-9, "micro_batch_size": 1, "inference_max_tokens": 2}
+    for source in (tiny.folder, tiny_decoder):
+        with pytest.raises(errors.MemoryPlanError, match="memory_fraction allows"):
+            jaxinfer.init_inference(source, config)
+
+
+def test_weights_of_a_module_count(tiny_decoder, monkeypatch) -> None:
+    """A cache of some KB fits, 400 KB of weights do not."""
+    monkeypatch.setattr("jaxinfer.memory.free_bytes", lambda mesh: 100_000)
+    with pytest.raises(errors.MemoryPlanError):
+        jaxinfer.init_inference(tiny_decoder, {"micro_batch_size": 1, "inference_max_tokens": 2})
+
+
+# --- checkpoints
+
+
+@pytest.fixture
+def change(tiny, tmp_path: Path) -> Callable[..., Path]:
+    """change(config={...}, tensors={...}): the tiny model with these keys and tensors instead; None removes one."""
+
+    def make(config: dict[str, Any] | None = None, tensors: dict[str, np.ndarray | None] | None = None) -> Path:
+        merge = lambda old, new: {k: v for k, v in (old | (new or {})).items() if v is not None}
+        return golden_weights.write_folder(tmp_path / "model", merge(tiny.config, config), merge(tiny.tensors, tensors))
+
+    return make
+
+
+def refused(kind: type[Exception], folder: Path, *words: str) -> None:
+    """Both ways in refuse the folder alike."""
+    for load in (jaxinfer.init_inference, jaxinfer.load_model):
+        with pytest.raises(kind) as error:
+            load(folder)
+        assert type(error.value) is kind
+        check(error, *words)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+NORM = "model.layers.2.input_layernorm.weight"
+
+
+def test_missing_tensors(change) -> None:
+    refused(errors.MissingTensorError, change(tensors={DOWN: None, NORM: None}), "blocks.1.mlp.down", "blocks.2.attention.norm")
+
+
+def test_missing_head(change) -> None:
+    refused(errors.MissingTensorError, change(config={"tie_word_embeddings": False}), "head")
+
+
+def test_unexpected_tensor(change) -> None:
+    extra = {"model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32), "model.layers.3.mlp.up_proj.weight": np.ones(8)}
+    refused(errors.UnexpectedTensorError, change(tensors=extra), *extra)
+
+
+def test_wrong_shape(change, tiny) -> None:
+    refused(errors.TensorShapeError, change(tensors={DOWN: tiny.tensors[DOWN].T}), DOWN, "(96, 72)", "(72, 96)")
+
+
+def test_several_problems_are_told_at_once(change, tiny) -> None:
+    folder = change(tensors={DOWN: tiny.tensors[DOWN].T, NORM: None, "extra.weight": np.ones(2, np.float32)})
+    with pytest.raises(errors.CheckpointMismatchError) as error:
+        jaxinfer.init_inference(folder)
+    check(error, DOWN, "blocks.2.attention.norm", "extra.weight")
+    assert len(error.value.problems) == 3
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_no_numbers(change, tiny, value: float) -> None:
+    for name in (DOWN, NORM, "model.embed_tokens.weight"):
+        broken = tiny.tensors[name].copy()
+        broken.flat[7] = value
+        refused(errors.NonFiniteWeightError, change(tensors={name: broken}), name, "1 NaN or infinite values", "get it again")
+
+
+def test_weights_that_are_no_numbers_on_a_mesh(change, tiny) -> None:
+    """The bad value is in the last shard."""
+    broken = tiny.tensors[DOWN].copy()
+    broken[-1, -1] = np.nan
+    for values in ({}, {"dtype": "bfloat16"}, {"quantization": "w8a8"}):
+        with pytest.raises(errors.NonFiniteWeightError, match=re.escape(DOWN)):
+            jaxinfer.init_inference(change(tensors={DOWN: broken}), {"engine": {"tensor_parallel_size": 3}} | values)
+
+
+def test_weights_that_overflow(change, tiny) -> None:
+    large = tiny.tensors[DOWN].copy()
+    large[0, 0] = 1e5
+    with pytest.raises(errors.NonFiniteWeightError) as error:
+        jaxinfer.init_inference(change(tensors={DOWN: large}), {"dtype": "float16"})
+    check(error, DOWN, "100000", "65504")
+
+
+def test_truncated_safetensors(change) -> None:
+    folder = change()
+    file = folder / "model.safetensors"
+    whole = file.read_bytes()
+    for size in (len(whole) - 1, len(whole) // 2, 100, 4, 0):
+        file.write_bytes(whole[:size])
+        refused(errors.TruncatedFileError, folder, str(file), f"{size} bytes", "again")
+
+
+def write_gguf(path: Path, architecture: str = "llama") -> Path:
+    """The tiny model without its tensors' contents: a header, metadata and zeros."""
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_block_count(1)
+    writer.add_context_length(128)
+    writer.add_embedding_length(72)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(9)
+    writer.add_head_count_kv(3)
+    writer.add_layer_norm_rms_eps(1e-5)
+    names = {"self_attn.{}_proj": "attn_{}", "mlp.{}_proj": "ffn_{}"}
+    for name, shape in tensor_shapes(TINY | {"num_hidden_layers": 1}).items():
+        name = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
+        name = name.replace("model.layers.", "blk.").replace("input_layernorm", "attn_norm")
+        name = name.replace("post_attention_layernorm", "ffn_norm").replace("self_attn.o_proj", "attn_output")
+        for long, short in names.items():
+            for part in ("q", "k", "v", "gate", "up", "down"):
+                name = name.replace(long.format(part), short.format(part))
+        writer.add_tensor(name, np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_truncated_gguf(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "model.gguf")
+    assert jaxinfer.init_inference(path).plan.config.layers == 1
+    whole = path.read_bytes()
+    for size in (len(whole) - 100, len(whole) // 2, 200, 20, 0):
+        path.write_bytes(whole[:size])
+        refused(errors.TruncatedFileError, path, str(path), "again")
+
+
+def test_unknown_architecture(change, tmp_path: Path) -> None:
+    folder = change(config={"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
+    refused(errors.UnknownArchitectureError, folder, "MambaForCausalLM", "supported are LlamaForCausalLM")
+    refused(errors.UnknownArchitectureError, change(config={"architectures": None, "model_type": "mamba"}), "'mamba'")
+    refused(errors.UnknownArchitectureError, write_gguf(tmp_path / "model.gguf", "mamba"), "'mamba'", "LlamaForCausalLM")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("attn_logit_softcapping", 50.0),
+        ("final_logit_softcapping", 30.0),
+        ("is_causal", False),
+        ("partial_rotary_factor", 0.5),
+        ("sliding_window", 4096),
+        ("rope_interleaved", True),
+        ("layer_types", ["full_attention", "sliding_attention", "full_attention"]),
+        ("quantization_config", {"bits": 4}),
+        ("num_local_experts", 8),
+        ("something_new", 1),
+    ],
+)
+def test_config_keys_that_change_the_maths(change, key: str, value: Any) -> None:
+    refused(errors.UnknownConfigKeyError, change(config={key: value}), f"{key}={value!r}", "remove")
+
+
+def test_config_values_that_are_not_supported(change) -> None:
+    refused(errors.UnknownConfigKeyError, change(config={"hidden_act": "mish"}), "'mish'", "silu")
+    refused(errors.UnknownConfigKeyError, change(config={"rope_scaling": {"rope_type": "ntk", "factor": 2.0}}), "'ntk'", "yarn")
+    scaling = {"rope_type": "linear", "factor": 2.0, "low_freq_factor": 1.0}
+    refused(errors.UnknownConfigKeyError, change(config={"rope_scaling": scaling}), "'linear'", "low_freq_factor")
+
+
+def test_config_keys_that_change_nothing(change) -> None:
+    neutral = {"is_causal": True, "partial_rotary_factor": 1.0, "use_cache": False, "sliding_window": None}
+    assert jaxinfer.load_model(change(config=neutral)).config.layers == 3
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"hidden_size": None}, ["hidden_size"]),
+        ({"num_hidden_layers": None}, ["num_hidden_layers"]),
+        ({"num_key_value_heads": 4}, ["9 query heads", "4 kv heads"]),
+        ({"num_hidden_layers": "three"}, ["three"]),
+    ],
+    ids=str,
+)
+def test_config_that_makes_no_model(change, config: dict[str, Any], words: list[str]) -> None:
+    refused(errors.UnsupportedFormatError, change(config=config), "config.json", *words)
+
+
+def test_no_checkpoint(tmp_path: Path) -> None:
+    refused(errors.CheckpointNotFoundError, tmp_path, str(tmp_path))
+    (tmp_path / "text.txt").write_text("no model")
+    refused(errors.UnsupportedFormatError, tmp_path / "text.txt", "text.txt")
+    refused(errors.CheckpointNotFoundError, tmp_path / "none.gguf", "none.gguf", "'demo'")
+    refused(errors.CheckpointNotFoundError, Path("./not/there"), "not/there")
+
+
+def test_hub_that_cannot_be_reached(monkeypatch, tmp_path: Path) -> None:
+    import huggingface_hub
+
+    def refuse(*args: Any, **keywords: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no network")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    with pytest.raises(errors.CheckpointNotFoundError) as error:
+        jaxinfer.init_inference("nobody/nothing")
+    check(error, "nobody/nothing", "no network")
+
+
+def test_native_of_another_version(tiny, tmp_path: Path) -> None:
+    from convert.native import save_native
+
+    opened = jaxinfer.loading.open_source(tiny.folder)
+    save_native(tmp_path / "native", config=opened.config.to_dict(), tensors=opened.tensors, assets=opened.assets)
+    about = tmp_path / "native" / "jaxinfer.json"
+    stored = json.loads(about.read_text())
+    about.write_text(json.dumps(stored | {"format_version": 99}))
+    refused(errors.NativeFormatError, tmp_path / "native", "99")
+    about.write_text(json.dumps(stored | {"config": {"family": "llama"}}))
+    refused(errors.NativeFormatError, tmp_path / "native", "ModelConfig", "convert the model again")
+
+
+def test_bad_tokenizer_is_not_passed_over(tiny, tmp_path: Path) -> None:
+    """A folder without a tokenizer takes token ids; one whose tokenizer cannot be read is damaged."""
+    shutil.copytree(tiny.folder, tmp_path / "model")
+    (tmp_path / "model" / "tokenizer.json").write_text("{}")
+    with pytest.raises(errors.NoTokenizerError) as error:
+        jaxinfer.init_inference(tmp_path / "model")
+    check(error, "tokenizer.json cannot be read")
+    assert jaxinfer.init_inference(tiny.folder).tokenizer is None
+
+
+# --- meshes
+
+
+def test_more_devices_than_there_are(tiny) -> None:
+    with pytest.raises(errors.MeshError) as error:
+        jaxinfer.init_inference(tiny.folder, {"engine": {"tensor_parallel_size": 16, "pipeline_parallel_size": 2}})
+    check(error, "stage 2 x tensor 16", "needs 32 devices", "there are 8", "jax_num_cpu_devices")
+    for devices in ([], jax.devices()[:1]):
+        with pytest.raises(errors.MeshError, match=f"needs 2 devices, there are {len(devices)}"):
+            jaxinfer.init_inference(tiny.folder, {"engine": {"tensor_parallel_size": 2}}, devices=devices)
+
+
+def test_mesh_sizes() -> None:
+    for size in (0, -1, 1.5, True):
+        with pytest.raises(errors.MeshError) as error:
+            make_mesh(tensor=size)
+        check(error, f"tensor is {size!r}", "at least 1")
+
+
+def test_more_stages_than_layers(tiny, tiny_decoder) -> None:
+    for source in (tiny.folder, tiny_decoder):
+        with pytest.raises(errors.MeshError) as error:
+            jaxinfer.init_inference(source, {"engine": {"pipeline_parallel_size": 4}})
+        check(error, "4 pipeline stages for 3 layers", "at most one stage a layer")
+
+
+def test_mesh_without_the_axes(tiny_decoder: Decoder) -> None:
+    for axes in (("x",), ("data", "stage", "tensor", "tensor_hosts")):
+        mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]).reshape((1,) * len(axes)), axes)
+        with pytest.raises(errors.MeshError, match=r"sharding\.mesh\.make_mesh"):
+            jaxinfer.place(tiny_decoder, mesh)
+
+
+# --- the pure function
+
+
+def test_pure_generate(tiny_decoder) -> None:
+    ids = np.ones((1, 4), np.int32)
+    for keywords, word in (
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"max_new_tokens": 4, "stop_token_ids": range(17)}, "17 stop tokens; at most 16"),
+        ({"max_new_tokens": 4, "cache_dtype": "int3"}, "int3"),
+    ):
+        with pytest.raises(errors.ConfigError, match=word):
+            jaxinfer.generate(tiny_decoder, ids, **keywords)
+    with pytest.raises(errors.ConfigError, match="the prompt has 0 tokens"):
+        jaxinfer.generate(tiny_decoder, ids[:, :0], max_new_tokens=4)
+
+
+def test_every_error_is_expected() -> None:
+    """A command catches EXPECTED and prints the message; whatever else comes out is a bug."""
+    kinds = [kind for name in errors.__all__ if name != "EXPECTED" and isinstance(kind := getattr(errors, name), type)]
+    assert len(kinds) > 25
+    assert all(issubclass(kind, errors.EXPECTED) for kind in kinds)

@@ -1,0 +1,100 @@
+"""The compiled decode program: exactly the collectives that are expected, and no copy of a weight or of the cache."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from deviceless import h100_mesh
+from flax import nnx
+from hlo import collectives, copies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
+from jaxinfer.placement import Placed, place
+from jaxinfer.programs import STATE, Programs
+from pallas_kernels.qtensor import round_to_nearest
+from sharding.collectives import expected_decode
+from sharding.mesh import make_mesh
+from sharding.rules import MESH_AXES
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab=104,
+    embed=64,
+    layers=3,
+    attention=AttentionConfig(heads=8, kv_heads=4, head_dim=16, scale=0.25, rope=RopeConfig(dim=16)),
+    mlp=MLPConfig(width=256, activation="silu"),
+    norm_eps=1e-5,
+    tied=True,
+    max_positions=64,
+)
+TOKENS = 40  # of the cache, unlike any other size
+
+
+def decoder(quantized: bool) -> Decoder:
+    model = Decoder(CONFIG)
+    if quantized:
+        for _, p in nnx.iter_graph(model):
+            if isinstance(p, nnx.Param) and p.get_value().ndim == 2:
+                p.set_value(round_to_nearest(p.get_value(), format="int8"))
+    return model
+
+
+def lowered(placed: Placed, batch: int):
+    """The decode program lowered for the shapes that the placed model has, on its mesh or another one of the same shape."""
+    programs = Programs(placed, capacity=TOKENS, cache_dtype=jnp.float32)
+    state = jax.eval_shape(programs.state(batch))
+    on_mesh = lambda spec, tree: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(placed.mesh, spec)), tree
+    )
+    fields = [f.name for f in dataclasses.fields(STATE)]
+    state = dataclasses.replace(state, **{name: on_mesh(getattr(STATE, name), getattr(state, name)) for name in fields})
+    steps = on_mesh(PartitionSpec(), jax.ShapeDtypeStruct((), jnp.int32))
+    return programs.decode(0).lower(placed.weights, state, steps), state
+
+
+def large_shapes(*trees) -> set[tuple[int, ...]]:
+    """Shapes of one device's part of every weight and cache, with and without the stage axis that is taken off."""
+    local = {a.sharding.shard_shape(a.shape) for a in jax.tree.leaves(trees) if len(a.shape) > 2 or a.size > 4096}
+    return local | {shape[1:] for shape in local}
+
+
+def check(placed: Placed, text: str, state) -> None:
+    plan, shape = placed.plan, placed.mesh.shape
+    expected = expected_decode(slots=plan.slots, stages=shape["stage"], tensor=shape["tensor"] * shape["tensor_hosts"])
+    assert collectives(text) == expected.by_name()
+    assert copies(text, large_shapes(placed.weights, state.caches)) == []
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["float32", "int8"])
+@pytest.mark.parametrize(("stage", "tensor"), [(1, 1), (1, 8), (2, 1), (2, 4)])
+def test_on_cpu_devices(stage, tensor, quantized):
+    placed = place(decoder(quantized), make_mesh(stage=stage, tensor=tensor))
+    program, state = lowered(placed, batch=2)
+    check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.parametrize(("stage", "tensor"), [(1, 1), (1, 8), (2, 4)])
+def test_for_h100s_without_one(stage, tensor):
+    here = place(decoder(False), make_mesh(stage=stage, tensor=tensor))
+    mesh = h100_mesh((1, stage, 1, tensor), MESH_AXES)
+    there = jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)), here.weights
+    )
+    placed = dataclasses.replace(here, mesh=mesh, weights=there)
+    program, state = lowered(placed, batch=2)
+    check(placed, program.compile().as_text(), state)
+
+
+def test_copies_are_seen():
+    """The check can fail: a cache that is used after it was written to is copied."""
+
+    @jax.jit
+    def twice(cache, x):
+        return cache.at[0, 0].set(x), cache.sum()
+
+    text = twice.lower(jnp.zeros((7, 5, 3)), jnp.ones(3)).compile().as_text()
+    assert copies(text, {(7, 5, 3)})
+    assert copies(text, {(7, 5, 4)}) == []
+    assert collectives(text) == {}
