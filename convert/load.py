@@ -143,7 +143,7 @@ class _Quantized(_Wrapper):
                 f"choose one of {qtensor.divisors(source.shape[-1])}"
             )
         self._spec = spec
-        scale = np.dtype(np.float32 if spec.group is None else np.float16)
+        scale = qtensor.default_scale_dtype(spec.format)
         zeros = None if spec.symmetric else scale
         self.packed = self._packed = PackedFormat(
             format=spec.format,

@@ -13,7 +13,7 @@ import numpy as np
 from convert.readers.base import TokenizerAssets
 from jaxinfer import generation
 from jaxinfer.compilation import use_compilation_cache
-from jaxinfer.config import EngineConfig, QuantizationConfig
+from jaxinfer.config import CACHE_DTYPES, EngineConfig, QuantizationConfig
 from jaxinfer.engine import Engine
 from jaxinfer.errors import ConfigError
 from jaxinfer.loading import DEMO, open_source
@@ -54,7 +54,8 @@ def init_inference(
     if isinstance(source, Decoder):
         if config.dtype or config.quantization:
             raise ConfigError("dtype and quantization are for checkpoints; a Decoder in memory is run as it is")
-        check_memory(make_plan(source.config, mesh), mesh, config, weight_bytes=0)
+        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(source.weights()))
+        check_memory(make_plan(source.config, mesh), mesh, config, weight_bytes=weight_bytes)
         return Engine(place(source, mesh), config, tokenizer)
     if str(source) == DEMO and config.dtype is None and config.quantization is None:
         config = dataclasses.replace(config, dtype="float32", quantization=QuantizationConfig())
@@ -66,10 +67,12 @@ def init_inference(
 
 
 def _tokenizer(assets: TokenizerAssets) -> Tokenizer | None:
-    """The checkpoint's tokenizer, or None where it brings none: its engine takes token ids."""
+    """The checkpoint's tokenizer, or None where it brings none: its engine takes token ids. Raises NoTokenizerError for a damaged one."""
     try:
         return Tokenizer.from_assets(assets)
     except NoTokenizerError:
+        if assets.tokenizer_json is not None:
+            raise
         return None
 
 
@@ -112,6 +115,8 @@ def generate(
         raise ConfigError(f"max_new_tokens is {max_new_tokens} and the prompt has {T} tokens; both must be at least 1")
     if len(stop_token_ids) > MAX_STOP_TOKENS:
         raise ConfigError(f"{len(stop_token_ids)} stop tokens; at most {MAX_STOP_TOKENS} are possible")
+    if cache_dtype not in CACHE_DTYPES:
+        raise ConfigError(f"cache_dtype is {cache_dtype!r}; choose one of {', '.join(CACHE_DTYPES)}")
     c = model.config
     heads = split_heads(c.attention.heads, c.attention.kv_heads, 1)
     plan = Plan(config=c, counts=(c.layers,), heads=heads, context=ALONE)

@@ -94,19 +94,22 @@ class QuantizationConfig:
     def parse(cls, spec: str) -> "QuantizationConfig":
         """From a short form: int8, int4, w8a8, w8a16, w4a16 or w4a8; then -g64 (group of weights), -asym, -token (activation scales)."""
         m = re.fullmatch(r"(int8|int4|w([48])a(8|16))((?:-g\d+|-asym|-token)*)", spec)
-        if not m:
+        options = m[4].split("-")[1:] if m else []
+        groups = [int(o[1:]) for o in options if o[0] == "g"]
+        if not m or len(groups) > 1:
             raise ConfigError(
                 f"quantisation {spec!r} is not understood; examples: int8, int4, w8a16, w4a16-g32, w4a16-g64-asym, w8a8-token"
             )
-        options = m[4].split("-")[1:]
-        groups = [int(o[1:]) for o in options if o[0] == "g"]
-        return cls(
+        out = cls(
             weight_bits=int(m[2] or m[1][3:]),
             activation_bits=int(m[3]) if m[3] else None,
             group_size=groups[-1] if groups else None,
             symmetric="asym" not in options,
             activation_group_size=0 if "token" in options else 64,
         )
+        if "token" in options and out.activation is None:
+            raise ConfigError(f"quantisation {spec!r} keeps activations of 16 bits, so -token means nothing; leave it out")
+        return out
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

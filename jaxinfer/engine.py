@@ -9,12 +9,13 @@ import contextlib
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import numpy as np
 
 from jaxinfer.config import EngineConfig, SamplingParams
-from jaxinfer.errors import ConfigError, EngineStateError, PromptError, TokenLimitError
+from jaxinfer.errors import ConfigError, EngineStateError, PromptError, SamplingParamsError, TokenLimitError
 from jaxinfer.generation import Emitted, Prefix, Scores, State
 from jaxinfer.models.decoder import DecoderWeights
 from jaxinfer.placement import Placed
@@ -40,6 +41,18 @@ def bucket(size: int, smallest: int, largest: int) -> int:
     while out < size:
         out *= 2
     return min(out, largest)
+
+
+def _as_list(prompt) -> Sequence[Any]:
+    """Text as it is; arrays and sequences as lists. Raises PromptError for anything else."""
+    prompt = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+    if not isinstance(prompt, list | tuple | str):
+        raise PromptError(f"got {prompt!r} as a prompt; a prompt is text or a list of token ids")
+    return prompt
+
+
+def _is_token(value) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool)
 
 
 class Engine:
@@ -165,33 +178,40 @@ class Engine:
             progress(len(work), len(work), "ready")
 
     def _prompt_ids(self, prompts) -> tuple[bool, list[list[int]]]:
-        single = isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int | np.integer))
-        out = []
-        for i, prompt in enumerate([prompts] if single else prompts):
-            if isinstance(prompt, str):
-                if self.tokenizer is None:
-                    raise PromptError(f"prompt {i} is text, and the checkpoint has no tokenizer; give token ids")
-                ids = self.tokenizer.encode(prompt) if prompt else []
-            else:
-                ids = [int(t) for t in prompt]
-            if not ids:
-                raise PromptError(f"prompt {i} is empty; give at least one token")
-            wrong = [t for t in ids if not 0 <= t < self.plan.config.vocab]
-            if wrong:
-                raise PromptError(f"prompt {i} holds token {wrong[0]}; the vocabulary has 0 to {self.plan.config.vocab - 1}")
-            if len(ids) > self.config.inference_max_tokens:
-                raise TokenLimitError(
-                    f"prompt {i} has {len(ids)} tokens, inference_max_tokens is {self.config.inference_max_tokens}; "
-                    "shorten it or raise the limit in the configuration"
-                )
-            out.append(ids)
-        return single, out
+        self._running()
+        prompts = _as_list(prompts)
+        single = isinstance(prompts, str) or not prompts or _is_token(prompts[0])
+        return single, [self._ids(i, prompt) for i, prompt in enumerate([prompts] if single else prompts)]
+
+    def _ids(self, index: int, prompt) -> list[int]:
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise PromptError(f"prompt {index} is text, and the checkpoint has no tokenizer; give token ids")
+            prompt = self.tokenizer.encode(prompt) if prompt else []
+        ids = _as_list(prompt)
+        wrong = [t for t in ids if not _is_token(t)]
+        if wrong:
+            raise PromptError(f"prompt {index} holds {wrong[0]!r}; a prompt is text or a list of token ids")
+        if not ids:
+            raise PromptError(f"prompt {index} is empty; give at least one token")
+        vocab, limit = self.plan.config.vocab, self.config.inference_max_tokens
+        outside = [t for t in ids if not 0 <= t < vocab]
+        if outside:
+            raise PromptError(f"prompt {index} holds token {outside[0]}; the vocabulary has 0 to {vocab - 1}")
+        if len(ids) > limit:
+            raise TokenLimitError(
+                f"prompt {index} has {len(ids)} tokens, inference_max_tokens is {limit}; "
+                "shorten it or raise the limit in the configuration"
+            )
+        return [int(t) for t in ids]
 
     def _requests(self, prompts, params) -> tuple[bool, list[Request]]:
         single, ids = self._prompt_ids(prompts)
-        each = [params or SamplingParams()] * len(ids) if params is None or isinstance(params, SamplingParams) else list(params)
+        each = list(params) if isinstance(params, list | tuple) else [SamplingParams() if params is None else params] * len(ids)
         if len(each) != len(ids):
-            raise ConfigError(f"{len(each)} SamplingParams for {len(ids)} prompts; give one for all, or one each")
+            raise SamplingParamsError(f"{len(each)} SamplingParams for {len(ids)} prompts; give one for all, or one each")
+        if strange := [p for p in each if not isinstance(p, SamplingParams)]:
+            raise SamplingParamsError(f"parameters are SamplingParams, got {type(strange[0]).__name__}")
         return single, [self._request(i, p, s) for i, (p, s) in enumerate(zip(ids, each, strict=True))]
 
     def _request(self, index: int, prompt: list[int], params: SamplingParams) -> Request:
@@ -203,12 +223,22 @@ class Engine:
                 f"{self.config.inference_max_tokens}; lower max_tokens to {max(room, 0)}, or raise the limit in the configuration"
             )
         if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
-            raise ConfigError(f"logprobs is {params.logprobs}, the engine's max_logprobs is {self.config.max_logprobs}")
+            raise SamplingParamsError(
+                f"logprobs is {params.logprobs}, the engine's max_logprobs is {self.config.max_logprobs}; ask for fewer, or raise it "
+                "in the configuration"
+            )
         if params.stop and self.tokenizer is None:
-            raise ConfigError("stop strings need a tokenizer; use stop_token_ids")
+            raise SamplingParamsError("stop strings need a tokenizer; use stop_token_ids")
+        outside = [t for t in params.stop_token_ids if t >= self.plan.config.vocab]
+        if outside:
+            raise SamplingParamsError(
+                f"stop token {outside[0]} never comes; the vocabulary has 0 to {self.plan.config.vocab - 1}"
+            )
         stops = (() if params.ignore_eos else self.eos_ids) + params.stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
-            raise ConfigError(f"{len(stops)} stop tokens, the model's own included; at most {MAX_STOP_TOKENS} are possible")
+            raise SamplingParamsError(
+                f"{len(stops)} stop tokens, the model's own included; at most {MAX_STOP_TOKENS} are possible"
+            )
         return Request(prompt, params, limit=limit, stop_tokens=stops, tokenizer=self.tokenizer)
 
     def _padded(self, prompts: Sequence[list[int]], rows: int, smallest: int = SMALLEST_BUCKET):

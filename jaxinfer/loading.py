@@ -11,14 +11,14 @@ from flax import nnx
 
 from convert.load import materialize
 from convert.readers import open_checkpoint
-from convert.readers.base import LazyTensor, TokenizerAssets
+from convert.readers.base import Checkpoint, LazyTensor, TokenizerAssets
 from convert.rules import Rule, bind
 from jaxinfer.config import QuantizationConfig
 from jaxinfer.demo import demo_gguf
-from jaxinfer.errors import NativeFormatError, UnsupportedFormatError
+from jaxinfer.errors import EXPECTED, CheckpointNotFoundError, NativeFormatError, UnsupportedFormatError
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder, parameters
-from jaxinfer.models.families import find_family
+from jaxinfer.models.families import Family, find_family
 from jaxinfer.quantization import stored_as
 
 DEMO = "demo"
@@ -49,7 +49,7 @@ def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     if path.exists():
         return path
     if not _is_hub_id(str(source)):
-        raise UnsupportedFormatError(f"{source} is neither a path that exists, nor a hub id (owner/name), nor {DEMO!r}")
+        raise CheckpointNotFoundError(f"{source} is neither a path that exists, nor a hub id (owner/name), nor {DEMO!r}")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -57,7 +57,7 @@ def resolve(source: str | Path, progress: Progress | None = None) -> Path:
     try:
         return Path(snapshot_download(str(source), allow_patterns=wanted))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as e:
-        raise UnsupportedFormatError(f"{source} is not a path, and could not be fetched from the hub: {e}") from e
+        raise CheckpointNotFoundError(f"{source} is not a path, and could not be fetched from the hub: {e}") from e
 
 
 def _is_hub_id(text: str) -> bool:
@@ -79,10 +79,24 @@ def open_source(source: str | Path, progress: Progress | None = None) -> Source:
         tensors = bind([Rule(name, name) for name in names], checkpoint.tensors, expected)
     else:
         family = find_family(checkpoint.config)
-        config = family.config(checkpoint.config, checkpoint.tensors)
+        config = _family_config(family, checkpoint)
         expected = {name: info.shape for name, info in parameters(config).items()}
         tensors = bind(family.rules(config), checkpoint.tensors, expected, family.ignored(config))
     return Source(path=path, format=checkpoint.format, config=config, tensors=tensors, assets=checkpoint.assets)
+
+
+def _family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:
+    """The ModelConfig of a foreign checkpoint. Raises UnsupportedFormatError where its config.json lacks a key or contradicts itself."""
+    try:
+        return family.config(checkpoint.config, checkpoint.tensors)
+    except EXPECTED:
+        raise
+    except KeyError as e:
+        raise UnsupportedFormatError(
+            f"{checkpoint.path}: config.json has no key {e}; get it again from where the model is from"
+        ) from e
+    except (TypeError, ValueError) as e:
+        raise UnsupportedFormatError(f"{checkpoint.path}: config.json describes no model ({e}); correct it") from e
 
 
 def load_model(

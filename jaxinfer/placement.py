@@ -25,6 +25,7 @@ from pallas_kernels import qtensor
 from pallas_kernels.qtensor import QTensor
 from sharding.context import ParallelContext
 from sharding.errors import MeshError
+from sharding.mesh import check_mesh
 from sharding.partition import HeadSplit, Units, gather, split_even, split_heads
 from sharding.rules import STAGE, TENSOR_AXES, spec
 
@@ -95,7 +96,11 @@ class Plan:
 
 
 def make_plan(config: ModelConfig, mesh: Mesh) -> Plan:
-    """Layers in order over the stages, as evenly as they go, the longer stages first. Raises MeshError for more stages than layers."""
+    """Layers in order over the stages, as evenly as they go, the longer stages first.
+
+    Raises MeshError for a mesh with other axes, and for more stages than layers.
+    """
+    check_mesh(mesh)
     stages = mesh.shape[STAGE]
     if stages > config.layers:
         raise MeshError(f"{stages} pipeline stages for {config.layers} layers; use at most one stage a layer")
@@ -165,8 +170,11 @@ class _Placer:
     def _units(self) -> dict[str, tuple[Units, ...]]:
         """For every logical axis that is split: what each of its shards holds."""
         config, heads = self.plan.config, self.plan.heads
+        vocab = split_even(config.vocab, self.mesh.shape[STAGE] * self.tensor)
+        if self.tensor == 1:  # cutting one whole into heads would cut its groups too
+            return {"vocab": vocab}
         # a shard of the mlp holds whole groups of every weight that contracts over it; 32 is the block of packed files
-        kinds = [_kind(self.source[f"blocks.{i}.mlp.down"]) for i in range(config.layers)] if self.tensor > 1 else []
+        kinds = [_kind(self.source[f"blocks.{i}.mlp.down"]) for i in range(config.layers)]
         unit = math.lcm(32 if config.mlp.width % 32 == 0 else 1, *(g for kind in kinds for g in kind.groups))
         if config.mlp.width % unit:
             raise MeshError(
@@ -176,7 +184,7 @@ class _Placer:
             "heads": heads.query_units(config.attention.head_dim),
             "kv_heads": heads.kv_units(config.attention.head_dim),
             "mlp": split_even(config.mlp.width, self.tensor, unit),
-            "vocab": split_even(config.vocab, self.mesh.shape[STAGE] * self.tensor),
+            "vocab": vocab,
         }
 
     def run(self) -> Placed:

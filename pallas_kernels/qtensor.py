@@ -1,7 +1,7 @@
 """QTensor: a quantised weight as a pytree of packed arrays, and the lossless ways between its forms.
 
 Shapes: [..., O, I] is a weight with O outputs and I inputs (the contracted axis); leading axes (stage, expert) are free.
-INT8 stores int8 [..., O, I]. INT4 stores uint8 [..., O, I / 2]: inputs are cut into blocks of min(group, 32), byte j of a block
+INT8 stores int8 [..., O, I]. INT4 stores uint8 [..., O, I / 2]: inputs are cut into blocks of gcd(group, 32), byte j of a block
 of P holds input j in its low nibble and input j + P/2 in its high nibble, which is GGUF's order, so that its bytes load unchanged.
 
     zeros is None         w = (q - offset) * scale            offset 0 for int8, 8 for int4
@@ -91,13 +91,14 @@ def _namespace(x):
     return jnp if isinstance(x, jax.Array) else np
 
 
-def _block(group: int | None) -> int:
-    return min(group or 32, 32)
+def packing_block(group: int | None) -> int:
+    """Inputs that are packed together: a block of 32, or the part of it that no border of a group cuts."""
+    return math.gcd(group or 32, 32)
 
 
 def pack_int4(q, group: int | None):
-    """Nibbles 0..15 as uint8 [..., I] -> packed bytes uint8 [..., I/2]. `group` fixes the block of min(group, 32) inputs."""
-    xp, block = _namespace(q), _block(group)
+    """Nibbles 0..15 as uint8 [..., I] -> packed bytes uint8 [..., I/2]. `group` fixes the block of gcd(group, 32) inputs."""
+    xp, block = _namespace(q), packing_block(group)
     if q.shape[-1] % block or block % 2:
         raise ShapeError(f"{q.shape[-1]} inputs are not a multiple of the packing block {block} (even, from group {group})")
     q = q.reshape(*q.shape[:-1], -1, 2, block // 2).astype(xp.uint8)
@@ -107,7 +108,7 @@ def pack_int4(q, group: int | None):
 
 def unpack_int4(packed, group: int | None):
     """Inverse of `pack_int4`: uint8 [..., I/2] -> nibbles 0..15 as uint8 [..., I]."""
-    xp, half = _namespace(packed), _block(group) // 2
+    xp, half = _namespace(packed), packing_block(group) // 2
     b = packed.reshape(*packed.shape[:-1], -1, half)
     q = xp.stack([b & 15, b >> 4], -2)
     return q.reshape(*packed.shape[:-1], packed.shape[-1] * 2)
@@ -125,9 +126,9 @@ def round_to_nearest(
     """Quantise a float weight [..., O, I] by rounding to the nearest level of its channel or group.
 
     symmetric: scale = max|w| / 127 (int8) or / 7 (int4), levels -127..127 and -7..7; otherwise scale = (max - min) / 15 and a
-    float minimum per group (int4 only). group None is one scale per output channel. scale_dtype: float32 per channel and
-    float16 per group by default; rounding uses the scale as it is stored. Raises QuantizationError for a format, group or
-    value that does not fit, NaN and infinity included.
+    float minimum per group (int4 only). group None is one scale per output channel. scale_dtype: by default float16 for int4
+    and float32 for int8, because small weights have int8 scales below float16's normal range; rounding uses the scale as it is
+    stored. Raises QuantizationError for a format, group or value that does not fit, NaN and infinity included.
     """
     xp = _namespace(w)
     check_format(format, group, symmetric)
@@ -135,14 +136,14 @@ def round_to_nearest(
     size = group or inputs
     if inputs % size:
         raise QuantizationError(f"group {size} does not divide {inputs} inputs; choose one of {divisors(inputs)}")
-    scale_dtype = np.dtype(scale_dtype or (np.float32 if group is None else np.float16))
+    scale_dtype = np.dtype(scale_dtype or default_scale_dtype(format))
     g = w.reshape(*w.shape[:-1], inputs // size, size).astype(xp.float32)
     low, high = g.min(-1, keepdims=True), g.max(-1, keepdims=True)
     if xp is np:  # under jit the caller checks
         largest = float(np.maximum(np.abs(low), np.abs(high)).max()) if g.size else 0.0
         if not np.isfinite(largest):
             raise QuantizationError("the weight holds NaN or infinity; repair the checkpoint before quantising")
-        if largest > float(np.finfo(scale_dtype).max):
+        if largest / (1 if not symmetric else 127 if format == "int8" else 7) > float(np.finfo(scale_dtype).max):
             raise QuantizationError(f"values up to {largest:g} do not fit scales of {scale_dtype}; pass scale_dtype=float32")
     zeros = None
     if symmetric:
@@ -159,6 +160,11 @@ def round_to_nearest(
         q = pack_int4((q + (INT4_OFFSET if symmetric else 0)).astype(xp.uint8), group)
     values = q.astype(xp.uint8 if format == "int4" else xp.int8)
     return QTensor(values=values, scales=scales[..., 0], zeros=zeros, format=format, group=group, activation=activation)
+
+
+def default_scale_dtype(format: str) -> np.dtype:
+    """Dtype of scales where none is asked for."""
+    return np.dtype(np.float32 if format == "int8" else np.float16)
 
 
 def _safe_divide(xp, a, scales):
@@ -245,7 +251,7 @@ def regroup(q: QTensor, group: int) -> QTensor:
         raise QuantizationError(f"groups of {q.group} cannot be cut into groups of {group}")
     xp, times = _namespace(q.values), q.group // group
     values = q.values
-    if q.format == "int4" and _block(group) != _block(q.group):
+    if q.format == "int4" and packing_block(group) != packing_block(q.group):
         values = pack_int4(unpack_int4(values, q.group), group)
     spread = lambda s: None if s is None else xp.repeat(s, times, -1)
     return q.replace(values=values, scales=spread(q.scales), zeros=spread(q.zeros), group=group)

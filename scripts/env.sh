@@ -3,6 +3,7 @@
 set -euo pipefail
 
 JAXINFER_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+JAXINFER_CONSTRAINTS=${JAXINFER_CONSTRAINTS:-$JAXINFER_ROOT/scripts/constraints.txt}
 JAXINFER_CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/jaxinfer
 
 say() { printf '%s\n' "$*" >&2; }
@@ -88,7 +89,7 @@ install_once() {
   # An environment that was interrupted while it was made, or that uv made, has no pip.
   "$folder/bin/python" -m pip --version >/dev/null 2>&1 || "$folder/bin/python" -m ensurepip >/dev/null
   say "Installing ${*} (the first time takes a minute or two) ..."
-  if ! "$folder/bin/python" -m pip install -qq --disable-pip-version-check "$@" >&2; then
+  if ! "$folder/bin/python" -m pip install -qq --disable-pip-version-check -c "$JAXINFER_CONSTRAINTS" "$@" >&2; then
     say "pip could not install ${*} into $folder; see its message above. Is PyPI, or an index of your own, reachable?"
     return 1
   fi
@@ -101,14 +102,26 @@ make_env() {
   new_env "$folder" 3.12 3.14
   folder=$(cd "$folder" && pwd)
   # The stamp holds what an installation depends on: a second run takes no time, a changed pyproject.toml installs again.
-  key=$("$folder/bin/python" - "$JAXINFER_ROOT" <<'PYTHON'
+  key=$("$folder/bin/python" - "$JAXINFER_ROOT" "$JAXINFER_CONSTRAINTS" <<'PYTHON'
 import hashlib, pathlib, sys
-root = pathlib.Path(sys.argv[1])
-print(hashlib.sha256((root / "pyproject.toml").read_bytes()).hexdigest(), root, sys.version.split()[0])
+root, constraints = map(pathlib.Path, sys.argv[1:])
+digest = hashlib.sha256((root / "pyproject.toml").read_bytes() + constraints.read_bytes())
+print(digest.hexdigest(), root, sys.version.split()[0])
 PYTHON
   )
   install_once "$folder" "jaxinfer-${extras:-base}.stamp" "$key" -e "$JAXINFER_ROOT${extras:+[$extras]}"
   JAXINFER_PYTHON=$folder/bin/python
+}
+
+# add_deviceless: what compiles for NVIDIA GPUs that are not here: the plugins of the installed jax without the CUDA libraries that
+# they would run on, and ptxas and libdevice where no toolkit is installed.
+add_deviceless() {
+  local folder version
+  folder=$(dirname "$(dirname "$JAXINFER_PYTHON")")
+  version=$("$JAXINFER_PYTHON" -c 'from importlib.metadata import version; print(version("jax"))')
+  local -a packages=("jax-cuda13-plugin==$version" "jax-cuda13-pjrt==$version")
+  [ -e /usr/local/cuda/nvvm/libdevice/libdevice.10.bc ] || packages+=("nvidia-cuda-nvcc<13.1" "nvidia-nvvm<13.1")
+  install_once "$folder" deviceless.stamp "${packages[*]}" --no-deps "${packages[@]}"
 }
 
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then

@@ -34,6 +34,7 @@ esac
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_env test
+add_deviceless
 cd "$JAXINFER_ROOT"
 bin=$(dirname "$JAXINFER_PYTHON")
 

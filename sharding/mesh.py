@@ -20,13 +20,14 @@ def make_mesh(
     """
     shape = {"data": data, "stage": stage, "tensor_hosts": tensor_hosts, "tensor": tensor}
     for name, size in shape.items():
-        if not isinstance(size, int) or size < 1:
+        if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise MeshError(f"mesh axis {name} is {size!r}; give a whole number of at least 1")
     available = list(jax.devices() if devices is None else devices)
     wanted = math.prod(shape.values())
     if wanted > len(available):
         sizes = " x ".join(f"{name} {size}" for name, size in shape.items() if size > 1)
-        hint = "on CPU set jax_num_cpu_devices before the first use of jax" if available[0].platform == "cpu" else "use fewer"
+        on_cpu = all(device.platform == "cpu" for device in available)
+        hint = "on CPU set jax_num_cpu_devices before the first use of jax" if on_cpu else "use fewer"
         raise MeshError(f"a mesh of {sizes} needs {wanted} devices, there are {len(available)}; {hint}")
     return Mesh(np.array(available[:wanted]).reshape(tuple(shape.values())), MESH_AXES)
 

@@ -1,13 +1,16 @@
-"""A small random Llama that divides badly: what its config.json says and which tensors it has."""
+"""A small random Llama that divides badly: its config.json, its tensors, and what is asked of it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import jaxinfer
+from jaxinfer import SamplingParams
 
 # 9 heads on 3 kv heads, 3 layers and 97 tokens divide by few meshes: padding, replicas and unequal stages all occur
 TINY: dict[str, Any] = {
@@ -23,7 +26,7 @@ TINY: dict[str, Any] = {
     "max_position_embeddings": 128,
     "rms_norm_eps": 1e-5,
     "hidden_act": "silu",
-    "tie_word_embeddings": True,
+    "tie_word_embeddings": False,
 }
 
 
@@ -59,3 +62,31 @@ class TinyModel:
     @property
     def layers(self) -> int:
         return self.config["num_hidden_layers"]
+
+
+PROMPTS = [[5], [17, 3, 88, 41, 2], [*range(40, 56)], [96, 0, 96], [7, 7], [1, 2, 3, 4, 5, 6, 7], [33, 60]]
+NEW = 20
+GREEDY = SamplingParams(max_tokens=NEW)
+SAMPLED = [
+    SamplingParams(max_tokens=NEW, temperature=1.0, seed=11),
+    SamplingParams(max_tokens=9, temperature=0.7, top_k=5, seed=12),
+    SamplingParams(max_tokens=NEW, temperature=1.3, top_p=0.9, seed=11),
+    SamplingParams(max_tokens=12, temperature=2.0, min_p=0.05, seed=2**32 - 1),
+    SamplingParams(max_tokens=1, temperature=1.0, seed=4),
+    SamplingParams(max_tokens=NEW),
+    SamplingParams(max_tokens=NEW, temperature=1.0, seed=13),
+]
+
+type Ask = Callable[[list[int]], np.ndarray]  # tokens -> logits [n, V]
+
+
+def tokens_of(results: list[jaxinfer.GenerationResult]) -> list[list[int]]:
+    return [result.token_ids for result in results]
+
+
+def padded(prompts: list[list[int]], width: int = 16) -> tuple[np.ndarray, np.ndarray]:
+    """Ids [B, width] padded on the right, and lengths [B]."""
+    tokens = np.zeros((len(prompts), width), np.int32)
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[: len(prompt)] = prompt
+    return tokens, np.array([len(prompt) for prompt in prompts], np.int32)

@@ -6,7 +6,6 @@ import importlib.metadata
 import math
 import os
 import platform
-import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -88,6 +87,8 @@ def source_facts(source: str) -> dict[str, Any]:
         try:
             tokenizer: Tokenizer | None = Tokenizer.from_assets(opened.assets)
         except NoTokenizerError:
+            if opened.assets.tokenizer_json is not None:  # there is one, and it is damaged
+                raise
             tokenizer = None
     config = opened.config
     forms = stored_forms(opened.tensors.values())
@@ -207,5 +208,5 @@ def _print_system(facts: dict[str, Any]) -> None:
             "devices": "\n".join(devices),
         }
     )
-    print("\noperations (the first implementation that can run is taken)", file=sys.stdout)
+    print("\noperations (the first implementation that can run is taken)")
     print_fields({f"  {op}": ", ".join(names) for op, names in facts["operations"].items()})

@@ -65,7 +65,7 @@ class Stats:
         for name in ("prefill", "decode", "total"):
             phase: Phase | None = getattr(self, name)
             if phase:
-                fields[name] = f"{phase.rate:.1f} tokens/s ({phase.tokens} in {phase.seconds:.2f} s)"
+                fields[name] = f"{phase.rate:.1f} tokens/s ({phase.tokens} in {phase.seconds:.3g} s)"
                 if phase.bytes_read:
                     rate = phase.bytes_read / phase.seconds
                     fields[name] += f", {format_bytes(rate)}/s ({format_bytes(self.weight_bytes_per_step)} of weights a step)"

@@ -28,7 +28,7 @@ def stored_as(
         axes = parameters[path].axes
         if len(axes) == 1:
             out[path] = cast(as_float(tensor), "float32")
-        elif quantization is not None:
+        elif quantization is not None and quantization.enabled:
             out[path] = _quantized(path, tensor, axes, quantization, head_dim)
         elif dtype is not None:
             out[path] = cast(as_float(tensor), dtype_named(dtype))

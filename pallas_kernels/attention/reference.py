@@ -1,6 +1,5 @@
 """The meaning of `attention` in plain jnp."""
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -18,10 +17,11 @@ def attention(q, cache, *, rows, positions, scale):
         scores = scores * own.k_scale[:, :, None]
     seen = lax.broadcasted_iota(jnp.int32, (1, 1, S), 2) <= positions[:, :, None]  # [B, T, S]
     scores = jnp.where(seen[:, None, None], scores.reshape(B, K, N // K, T, S), MASKED)
-    weights = jax.nn.softmax(scores, -1).reshape(B, K, -1, S)
+    weights = jnp.exp(scores - jnp.max(scores, -1, keepdims=True)).reshape(B, K, -1, S)
+    total = jnp.sum(weights, -1, keepdims=True)
     if own.v_scale is not None:
         weights = weights * own.v_scale[:, :, None]
-    out = _dot("bkqs,bksh->bkqh", weights, own.v)
+    out = _dot("bkqs,bksh->bkqh", weights, own.v) / total  # H divisions a head and not S
     return jnp.swapaxes(out.reshape(B, K, N // K, T, H), 2, 3).swapaxes(1, 2).reshape(B, T, N, H)
 
 

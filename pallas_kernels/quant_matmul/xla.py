@@ -15,7 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.qtensor import INT4_OFFSET, QTensor
+from pallas_kernels.qtensor import INT4_OFFSET, QTensor, packing_block
 from pallas_kernels.quant_matmul import reference
 from pallas_kernels.quantize import dequantize_activations, quantize_activations
 
@@ -34,8 +34,6 @@ def supports(target, facts) -> bool | str:
         return f"its {facts['format']} dots are made for CPUs, not for {target.platform}"
     if facts["layout"] != "canonical":
         return f"it reads the canonical layout, not {facts['layout']!r}; use qtensor.repack"
-    if facts["format"] == "int4" and facts["group"] > 32 and facts["group"] % 32:
-        return f"groups of {facts['group']} are cut by the packing blocks of 32"
     return True
 
 
@@ -125,7 +123,7 @@ def _grouped(x, w):
     """x [M, I] with the levels of w as floats of x's dtype."""
     if w.format == "int8":
         return _dot(x, _scaled(w, w.values, x.dtype))
-    half = min(w.group, 32) // 2
+    half = packing_block(w.group) // 2
     pairs = x.reshape(x.shape[0], -1, 2, half)  # inputs of low nibbles, then of high nibbles, in each packing block
     low, high = (pairs[:, :, i].reshape(x.shape[0], -1) for i in (0, 1))
     return _dot(low, _scaled(w, w.values & 15, x.dtype)) + _dot(high, _scaled(w, w.values >> 4, x.dtype))

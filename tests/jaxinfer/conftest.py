@@ -8,14 +8,16 @@ from typing import Any
 
 import golden_weights
 import jax
+import numpy as np
 import pytest
 import tokenizers
-from tiny_llama import TINY, TinyModel, tensor_shapes
+from tiny_llama import GREEDY, PROMPTS, SAMPLED, TINY, Ask, TinyModel, tensor_shapes, tokens_of
 from tokenizers import decoders, models, pre_tokenizers
 
 import jaxinfer
 from convert.readers.base import TokenizerAssets
 from jaxinfer.text import Tokenizer
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyModel]:
@@ -26,7 +28,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., TinyMo
         key = json.dumps(changes, sort_keys=True)
         if key not in known:
             config = TINY | changes
-            tensors = golden_weights.make_tensors(tensor_shapes(config), seed=3)
+            tensors = golden_weights.make_tensors(tensor_shapes(config), seed=4)
             folder = golden_weights.write_folder(tmp_path_factory.mktemp("tiny"), config, tensors)
             known[key] = TinyModel(folder, config, tensors)
         return known[key]
@@ -61,6 +63,36 @@ def make_engine(tiny: TinyModel) -> Callable[..., jaxinfer.Engine]:
         return known[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def logits_of(tiny_decoder: jaxinfer.Decoder) -> Ask:
+    """The module's logits [n, V] of n tokens."""
+    run = jax.jit(lambda ids, n: tiny_decoder(ids, lengths=n))
+
+    def ask(ids: list[int]) -> np.ndarray:
+        padded = np.zeros((1, 64), np.int32)
+        padded[0, : len(ids)] = ids
+        return np.asarray(run(padded, np.array([len(ids)], np.int32)))[0, : len(ids)]
+
+    return ask
+
+
+@pytest.fixture(scope="session")
+def engine(make_engine) -> jaxinfer.Engine:
+    return make_engine()
+
+
+@pytest.fixture(scope="session")
+def greedy(engine) -> list[list[int]]:
+    """Each prompt alone."""
+    return tokens_of([engine.generate(prompt, GREEDY) for prompt in PROMPTS])
+
+
+@pytest.fixture(scope="session")
+def sampled(engine) -> list[list[int]]:
+    """Each prompt alone, with its own parameters."""
+    return tokens_of([engine.generate(prompt, params) for prompt, params in zip(PROMPTS, SAMPLED, strict=True)])
 
 
 @pytest.fixture(scope="session")

@@ -64,17 +64,17 @@ def test_prompt_that_leaves_no_room(engine) -> None:
 
 
 @pytest.mark.parametrize("call", ["generate", "stream", "score"])
-@pytest.mark.parametrize("prompt", ["", [], np.zeros((0,), np.int32)], ids=["text", "list", "array"])
+@pytest.mark.parametrize("prompt", [[], (), np.zeros((0,), np.int32)], ids=["list", "tuple", "array"])
 def test_empty_prompt(engine, call: str, prompt) -> None:
     with pytest.raises(errors.PromptError, match="at least one token"):
         getattr(engine, call)(prompt)
 
 
-@pytest.mark.parametrize("prompts", [[[1, 2], []], [[]], ["a", ""]], ids=str)
+@pytest.mark.parametrize("prompts", [[[1, 2], []], [[]], ["a", ""], [""], ""], ids=repr)
 def test_empty_prompt_in_a_batch(make_engine, byte_tokenizer, prompts) -> None:
     engine = make_engine(tokenizer=byte_tokenizer)
     for call in (engine.generate, engine.score):
-        with pytest.raises(errors.PromptError, match=f"prompt {len(prompts) - 1} is empty; give at least one token"):
+        with pytest.raises(errors.PromptError, match=f"prompt {max(len(prompts), 1) - 1} is empty; give at least one token"):
             call(prompts)
 
 
@@ -86,7 +86,9 @@ def test_token_out_of_the_vocabulary(engine, token: int) -> None:
         check(error, f"token {token}", "0 to 96")
 
 
-@pytest.mark.parametrize("prompt", [[[1.5, 2]], [[True, None]], [["1"]], [None], 5, [[[1, 2]]]], ids=repr)
+@pytest.mark.parametrize(
+    "prompt", [[1.5, 2], [[True, 2]], [["1"]], [None], 5, None, [[[1, 2]]], np.ones((2, 3)), np.int32(3)], ids=repr
+)
 def test_prompt_of_another_type(engine, prompt) -> None:
     for call in (engine.generate, engine.score):
         with pytest.raises(errors.PromptError, match="text or a list of token ids"):
@@ -96,7 +98,7 @@ def test_prompt_of_another_type(engine, prompt) -> None:
 def test_text_without_a_tokenizer(engine) -> None:
     with pytest.raises(errors.PromptError, match="no tokenizer; give token ids"):
         engine.generate("text")
-    with pytest.raises(errors.ConfigError, match="stop strings need a tokenizer; use stop_token_ids"):
+    with pytest.raises(errors.SamplingParamsError, match="stop strings need a tokenizer; use stop_token_ids"):
         engine.generate([1], SamplingParams(stop="a"))
 
 
@@ -125,7 +127,7 @@ def test_text_without_a_tokenizer(engine) -> None:
         ({"stop": None}, "not empty"),
         ({"stop_token_ids": (-1,)}, "token ids"),
         ({"stop_token_ids": ("a",)}, "token ids"),
-        ({"stop_token_ids": 7}, "token ids"),
+        ({"stop_token_ids": None}, "token ids"),
         ({"ignore_eos": "no"}, "True or False"),
         ({"logprobs": -1}, "0 to 20"),
         ({"logprobs": 21}, "0 to 20"),
@@ -136,32 +138,34 @@ def test_sampling_params(values: dict[str, Any], limit: str) -> None:
     with pytest.raises(errors.SamplingParamsError) as error:
         SamplingParams(**values)
     ((name, value),) = values.items()
-    check(error, f"{name} is {value!r}", limit)
+    stored = value if not name.startswith("stop") or isinstance(value, tuple) else (value,)
+    check(error, f"{name} is {stored!r}", limit)
 
 
 def test_more_logprobs_than_the_engine_has(engine) -> None:
-    with pytest.raises(errors.ConfigError) as error:
+    with pytest.raises(errors.SamplingParamsError) as error:
         engine.generate([1], SamplingParams(logprobs=4))
     check(error, "logprobs is 4", "max_logprobs is 3")
 
 
 def test_too_many_stop_tokens(engine) -> None:
-    with pytest.raises(errors.ConfigError) as error:
+    with pytest.raises(errors.SamplingParamsError) as error:
         engine.generate([1], SamplingParams(stop_token_ids=tuple(range(17))))
     check(error, "17 stop tokens", "at most 16")
 
 
 def test_stop_token_out_of_the_vocabulary(engine) -> None:
-    with pytest.raises(errors.ConfigError) as error:
+    with pytest.raises(errors.SamplingParamsError) as error:
         engine.generate([1], SamplingParams(stop_token_ids=(97,)))
     check(error, "stop token 97", "0 to 96")
 
 
 def test_params_that_do_not_match_the_prompts(engine) -> None:
-    with pytest.raises(errors.ConfigError, match="2 SamplingParams for 1 prompts; give one for all, or one each"):
+    with pytest.raises(errors.SamplingParamsError, match="2 SamplingParams for 1 prompts; give one for all, or one each"):
         engine.generate([[1]], [SamplingParams(), SamplingParams()])
-    with pytest.raises(errors.ConfigError, match=r"SamplingParams, got dict"):
-        engine.generate([1], {"max_tokens": 3})
+    for params in ({"max_tokens": 3}, [{"max_tokens": 3}], "greedy", 5):
+        with pytest.raises(errors.SamplingParamsError, match=r"got (dict|str|int)"):
+            engine.generate([1], params)
 
 
 def test_stream_of_no_tokens_at_a_time(engine) -> None:
@@ -173,9 +177,11 @@ def test_closed_engine(tiny) -> None:
     engine = jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 32, "compilation_cache": False})
     engine.close()
     engine.close()  # a second time is nothing
-    for call in (engine.generate, engine.stream, engine.score, engine.init_state):
-        with pytest.raises(errors.EngineStateError, match="closed; make a new one with jaxinfer.init_inference"):
+    for call in (engine.generate, engine.stream, engine.score):
+        with pytest.raises(errors.EngineStateError, match=r"closed; make a new one with jaxinfer.init_inference"):
             call([1])
+    with pytest.raises(errors.EngineStateError):
+        engine.init_state(1)
     with pytest.raises(errors.EngineStateError):
         _ = engine.params
 
@@ -235,7 +241,7 @@ def test_configuration(values: dict[str, Any], words: list[str], tiny, tmp_path:
 
 def test_configuration_from_python() -> None:
     for values in ({"engine": {"tensor_parallel_size": 2}}, {"kv_cache": "int8"}, {"quantization": "w8a8"}):
-        with pytest.raises(errors.ConfigError, match="EngineConfig.load"):
+        with pytest.raises(errors.ConfigError, match=r"EngineConfig\.load"):
             EngineConfig(**values)
 
 
@@ -252,9 +258,19 @@ def test_configuration_file(tmp_path: Path) -> None:
 
 
 def test_quantisation_spec() -> None:
-    for spec in ("", "int16", "w8a4", "w4a16g32", "W8A8"):
+    for spec in ("", "int16", "w8a4", "w4a16g32", "W8A8", "w4a16-g32-g64"):
         with pytest.raises(errors.ConfigError, match="is not understood; examples: int8, int4"):
             QuantizationConfig.parse(spec)
+    with pytest.raises(errors.ConfigError, match="-token means nothing"):
+        QuantizationConfig.parse("w4a16-token")
+
+
+def test_quantisation_that_is_turned_off(tiny) -> None:
+    off = QuantizationConfig(enabled=False)
+    assert EngineConfig(quantization=off).quantization is None
+    assert EngineConfig.load({"quantization": {"enabled": False}}).quantization is None
+    stored = jaxinfer.loading.open_source(tiny.folder).stored_as(dtype=None, quantization=off)
+    assert not any(tensor.packed for tensor in stored.values())
 
 
 def test_groups_that_do_not_divide(tiny) -> None:
@@ -326,11 +342,14 @@ def test_missing_tensors(change) -> None:
 
 
 def test_missing_head(change) -> None:
-    refused(errors.MissingTensorError, change(config={"tie_word_embeddings": False}), "head")
+    refused(errors.MissingTensorError, change(tensors={"lm_head.weight": None}), "head")
 
 
 def test_unexpected_tensor(change) -> None:
-    extra = {"model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32), "model.layers.3.mlp.up_proj.weight": np.ones(8)}
+    extra = {
+        "model.layers.0.self_attn.q_norm.weight": np.ones(8, np.float32),
+        "model.layers.3.mlp.up_proj.weight": np.ones(8, np.float32),
+    }
     refused(errors.UnexpectedTensorError, change(tensors=extra), *extra)
 
 
@@ -393,6 +412,7 @@ def write_gguf(path: Path, architecture: str = "llama") -> Path:
     names = {"self_attn.{}_proj": "attn_{}", "mlp.{}_proj": "ffn_{}"}
     for name, shape in tensor_shapes(TINY | {"num_hidden_layers": 1}).items():
         name = name.replace("model.embed_tokens", "token_embd").replace("model.norm", "output_norm")
+        name = name.replace("lm_head", "output")
         name = name.replace("model.layers.", "blk.").replace("input_layernorm", "attn_norm")
         name = name.replace("post_attention_layernorm", "ffn_norm").replace("self_attn.o_proj", "attn_output")
         for long, short in names.items():
@@ -468,7 +488,7 @@ def test_config_that_makes_no_model(change, config: dict[str, Any], words: list[
 
 
 def test_no_checkpoint(tmp_path: Path) -> None:
-    refused(errors.CheckpointNotFoundError, tmp_path, str(tmp_path))
+    refused(errors.UnsupportedFormatError, tmp_path, str(tmp_path), "it holds nothing")
     (tmp_path / "text.txt").write_text("no model")
     refused(errors.UnsupportedFormatError, tmp_path / "text.txt", "text.txt")
     refused(errors.CheckpointNotFoundError, tmp_path / "none.gguf", "none.gguf", "'demo'")

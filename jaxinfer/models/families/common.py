@@ -94,7 +94,6 @@ HARMLESS = frozenset(
         "unsloth_version",
         "unsloth_fixed",
         "is_llama_config",
-        "rope_interleaved",
     ]
 )
 

@@ -1,0 +1,103 @@
+#!/usr/bin/env python
+"""Perplexity of a model on a text, per precision, with KL divergence and top-1 agreement to float32.
+
+Protocol: the whole file is tokenised in one go without special tokens and cut into windows of 1024 tokens without overlap, the last
+partial one dropped; tokens 1..1023 of each window are scored; ppl = exp(mean negative log-likelihood).
+
+    python scripts/bench/perplexity.py MODEL --data FILE [--windows 40] [--precisions float32,bfloat16,w8a8,w8a16,stored] [--json]
+
+A precision is a dtype, a short form of quantisation (see jaxinfer.QuantizationConfig.parse), or "stored": what the checkpoint holds,
+packed weights as they are.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import jaxinfer
+from jaxinfer.loading import open_source
+from jaxinfer.text import Tokenizer
+
+WINDOW = 1024
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load(source: str, precision: str):
+    """The module of a model in one precision."""
+    if precision == "stored":
+        return jaxinfer.load_model(source)
+    if precision in DTYPES:
+        return jaxinfer.load_model(source, dtype=precision)
+    return jaxinfer.load_model(source, quantization=precision)
+
+
+def logits_of(model):
+    """window [1, T] -> float32 [T - 1, V], compiled; the weights are an argument."""
+    graph, state = nnx.split(model)
+    run = jax.jit(lambda state, ids: nnx.merge(graph, state)(ids)[0, :-1])
+    return lambda ids: run(state, ids)
+
+
+@jax.jit
+def compare(logits, reference, targets):
+    """(sum of negative log-likelihoods, sum of KL(reference || model), agreements of the most likely token)."""
+    p, q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
+    nll = -jnp.take_along_axis(q, targets[:, None], 1).sum()
+    kl = jnp.sum(jnp.exp(p) * (p - q))
+    return nll, kl, jnp.sum(jnp.argmax(p, -1) == jnp.argmax(q, -1))
+
+
+def measure(windows: np.ndarray, run, reference) -> dict:
+    """Sums over all windows, as means per token."""
+    totals, start = np.zeros(3), time.perf_counter()
+    for n, window in enumerate(windows):
+        ids = jnp.asarray(window[None])
+        totals += [float(v) for v in compare(run(ids), reference(ids), ids[0, 1:])]
+        print(f"\r{n + 1} of {len(windows)} windows", end="", file=sys.stderr, flush=True)
+    count = windows.size - len(windows)
+    nll, kl, same = totals / count
+    print(f", {time.perf_counter() - start:.0f} s", file=sys.stderr)
+    return {"nll": nll, "perplexity": math.exp(nll), "kl": kl, "top1_agreement": same}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help='a folder, a .gguf file, a hub id, or "demo"')
+    parser.add_argument("--data", type=Path, required=True, help="a text file, such as the validation part of WikiText-2")
+    parser.add_argument("--windows", type=int, default=40)
+    parser.add_argument("--precisions", default="float32,bfloat16,w8a8,w8a16,stored")
+    parser.add_argument("--json", action="store_true")
+    args = parser.parse_args()
+
+    tokenizer = Tokenizer.from_assets(open_source(args.model).assets)
+    ids = np.asarray(tokenizer.encode(args.data.read_text(encoding="utf-8"), add_special=False), np.int32)
+    windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)[: args.windows]
+    reference = logits_of(load(args.model, "float32"))
+    rows = {}
+    for precision in args.precisions.split(","):
+        model = load(args.model, precision)
+        nbytes = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))
+        print(f"{precision}: ", end="", file=sys.stderr)
+        rows[precision] = {"bytes": nbytes, **measure(windows, logits_of(model), reference)}
+    base = rows.get("float32")
+    if args.json:
+        print(json.dumps({"tokens_in_file": len(ids), "windows": len(windows), "precisions": rows}))
+        return
+    print(f"{len(ids)} tokens in the file, {len(windows)} windows of {WINDOW}")
+    print(f"{'precision':<12} {'MB':>7} {'nll':>8} {'ppl':>9} {'to float32':>10} {'KL':>9} {'top-1':>7}")
+    for name, row in rows.items():
+        change = f"{row['perplexity'] / base['perplexity'] - 1:+.2%}" if base else "-"
+        mb, top1 = row["bytes"] / 1e6, row["top1_agreement"]
+        print(f"{name:<12} {mb:7.0f} {row['nll']:8.5f} {row['perplexity']:9.4f} {change:>10} {row['kl']:9.6f} {top1:7.2%}")
+
+
+if __name__ == "__main__":
+    main()

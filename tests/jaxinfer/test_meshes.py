@@ -1,0 +1,109 @@
+"""One answer on every mesh: tensor parallel where heads, groups and vocabulary do not divide, pipelines of unequal stages, both."""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import pytest
+from tiny_llama import GREEDY, NEW, PROMPTS, SAMPLED, TinyModel, tokens_of
+
+import jaxinfer
+from jaxinfer import SamplingParams
+
+QUICK = [(2, 1), (3, 1), (1, 2), (2, 2)]
+MANY = [(4, 1), (8, 1), (1, 3), (3, 2), (2, 3), (4, 2)]
+MESHES = [*QUICK, *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in MANY)]
+
+
+@pytest.mark.parametrize(("tp", "pp"), MESHES)
+def test_generate(make_engine, greedy, sampled, tp: int, pp: int) -> None:
+    """Greedy and sampled requests side by side, more than there are slots."""
+    engine = make_engine(tp=tp, pp=pp, micro_batch_size=2)
+    prompts = [PROMPTS[i] for i in (1, 0, 2, 3, 6, 2, 5, 0)]
+    params = [GREEDY, SAMPLED[0], SAMPLED[2], GREEDY, SAMPLED[6], GREEDY, SAMPLED[5], GREEDY]
+    expected = [greedy[1], sampled[0], sampled[2], greedy[3], sampled[6], greedy[2], sampled[5], greedy[0]]
+    assert tokens_of(engine.generate(prompts, params)) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [*QUICK, *MANY])
+def test_alone_and_streamed(make_engine, greedy, sampled, tp: int, pp: int) -> None:
+    engine = make_engine(tp=tp, pp=pp, micro_batch_size=2)
+    for i in (1, 2):
+        assert engine.generate(PROMPTS[i], SAMPLED[i]).token_ids == sampled[i]
+        for every in (1, 7):
+            heard = [token for delta in engine.stream(PROMPTS[i], GREEDY, every=every) for token in delta.token_ids]
+            assert heard == greedy[i]
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 2), *(pytest.param(*s, marks=pytest.mark.slow) for s in [(3, 1), (8, 1), (1, 3)])])
+def test_probabilities(make_engine, tp: int, pp: int) -> None:
+    """Log-probabilities of chosen tokens, of alternatives and of prompts, over all parts of the vocabulary."""
+    alone, spread = make_engine(), make_engine(tp=tp, pp=pp, micro_batch_size=2)
+    params = SamplingParams(max_tokens=NEW, logprobs=5)
+    for one, other in zip(alone.generate(PROMPTS[:3], params), spread.generate(PROMPTS[:3], params), strict=True):
+        assert one.logprobs is not None and other.logprobs is not None
+        for expected, found in zip(one.logprobs, other.logprobs, strict=True):
+            assert found.logprob == pytest.approx(expected.logprob, abs=1e-4)
+            assert list(found.top) == list(expected.top)
+            assert list(found.top.values()) == pytest.approx(list(expected.top.values()), abs=1e-4)
+    for expected, found in zip(alone.score(PROMPTS), spread.score(PROMPTS), strict=True):
+        assert found.logprobs[1:] == pytest.approx(expected.logprobs[1:], abs=1e-4)
+        assert found.greedy_token_ids == expected.greedy_token_ids
+
+
+@pytest.fixture(scope="session")
+def wide(tiny_model) -> TinyModel:
+    """Inputs that groups of 32 and 64 divide; heads of 32, so that a group of 64 holds two."""
+    changes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 6, "head_dim": 32}
+    return tiny_model(**changes)
+
+
+QUANTIZED = [
+    ("w8a8", 2, 1),
+    *(
+        pytest.param(spec, tp, pp, marks=pytest.mark.slow)
+        for spec, tp, pp in [
+            ("w8a8", 3, 1),
+            ("w8a8-token", 2, 1),
+            ("w8a8-token", 3, 2),
+            ("w4a16-g32", 2, 1),
+            ("w4a16-g32", 3, 2),
+            ("w4a16-g64-asym", 2, 2),
+            ("w4a16-g64-asym", 3, 1),
+            ("w4a8-g64", 4, 1),
+            ("w8a16", 8, 1),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("spec", "tp", "pp"), QUANTIZED)
+def test_quantised(make_engine, wide, spec: str, tp: int, pp: int) -> None:
+    """The logical weight is quantised, so that every mesh holds the same levels."""
+    keys = {"model": wide, "quantization": spec, "micro_batch_size": 2}
+    alone, spread = make_engine(**keys), make_engine(tp=tp, pp=pp, **keys)
+    expected = alone.generate(PROMPTS[1:3], GREEDY)
+    assert tokens_of(spread.generate(PROMPTS[1:3], GREEDY)) == tokens_of(expected)
+
+
+def test_quantised_probabilities(make_engine, wide) -> None:
+    """A group of 64 holds two heads; where it is cut, its scale and minimum are repeated."""
+    keys = {"model": wide, "quantization": "w4a16-g64-asym"}
+    expected, found = make_engine(**keys).score(PROMPTS[2]), make_engine(tp=2, **keys).score(PROMPTS[2])
+    assert found.logprobs[1:] == pytest.approx(expected.logprobs[1:], abs=1e-4)
+    assert found.greedy_token_ids == expected.greedy_token_ids
+
+
+def test_quantised_weights_stay_packed(wide) -> None:
+    """What is kept is the levels and scales, in the module as in the engine."""
+    small = {"inference_max_tokens": 16, "micro_batch_size": 1}
+    size = lambda weights: sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
+    whole = size(jaxinfer.load_model(wide.folder).weights())
+    for spec, least, most in (("w8a8", 0.25, 0.28), ("w4a16-g32", 0.125, 0.2), ("w4a16-g64-asym", 0.125, 0.2)):
+        engine = jaxinfer.init_inference(wide.folder, small | {"quantization": spec})
+        model = jaxinfer.load_model(wide.folder, quantization=spec)
+        assert least < size(engine.params) / whole < most
+        assert size(model.weights()) == size(engine.params)
+        again = jaxinfer.init_inference(model, small)
+        jax.tree.map(np.testing.assert_array_equal, again.params, engine.params)
