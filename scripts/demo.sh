@@ -57,4 +57,5 @@ if [ -n "${JAXINFER_DEMO_MODEL:-}" ]; then
 else
   model=$(converted_demo)
 fi
-exec "$command" generate "$model" --prompt "$prompt" --stream --stats
+# No exec: --stats tells how long after its start the process had the first token.
+"$command" generate "$model" --prompt "$prompt" --stream --stats

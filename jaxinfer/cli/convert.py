@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxinfer.cli.environment import start_jax
 from jaxinfer.cli.info import stored_forms
-from jaxinfer.cli.output import format_bytes, print_fields, print_json, work
+from jaxinfer.cli.output import format_bytes, print_fields, print_json, short_name, work
 
 DTYPES = ("float32", "bfloat16", "float16")
 QUANTIZE_HELP = (
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     start = time.perf_counter()
     quantization = QuantizationConfig.parse(args.quantize) if args.quantize else None
-    with work(f"converting {args.source}", f"wrote {args.destination}", in_bytes=True) as progress:
+    with work(f"converting {short_name(args.source)}", f"wrote {args.destination}", in_bytes=True) as progress:
         opened = open_source(args.source, progress)
         tensors = opened.stored_as(dtype=args.dtype, quantization=quantization)
         save_native(

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxinfer.cli.convert import DTYPES, QUANTIZE_HELP
 from jaxinfer.cli.environment import start_jax
-from jaxinfer.cli.output import paint, print_json, work
+from jaxinfer.cli.output import paint, print_json, short_name, work
 
 MAX_TOKENS = 128
 STDIN = Path("-")
@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     names = {field.name for field in dataclasses.fields(SamplingParams)}
     params = SamplingParams(**{k: v for k, v in vars(args).items() if k in names and v is not None})
     begin = time.perf_counter()
-    with work(f"loading {args.source}", f"loaded {args.source}") as progress:
+    with work(f"loading {short_name(args.source)}", f"loaded {short_name(args.source)}") as progress:
         engine = init_inference(args.source, config, progress=progress)
     loaded = time.perf_counter()
     if args.stats:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from jaxinfer.cli.environment import start_jax
-from jaxinfer.cli.output import format_bytes, print_fields, print_json, work
+from jaxinfer.cli.output import format_bytes, print_fields, print_json, short_name, work
 
 CACHE_DTYPES = ("float32", "bfloat16", "int8")
 
@@ -82,7 +82,7 @@ def source_facts(source: str) -> dict[str, Any]:
     from jaxinfer.loading import open_source
     from jaxinfer.text import NoTokenizerError, Tokenizer
 
-    with work(f"reading {source}") as progress:
+    with work(f"reading {short_name(source)}") as progress:
         opened = open_source(source, progress)
         try:
             tokenizer: Tokenizer | None = Tokenizer.from_assets(opened.assets)

@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TextIO
 
 Progress = Callable[[int, int, str], None]
@@ -48,6 +49,11 @@ def format_bytes(count: float) -> str:
             break
         count, unit = count / 1000, "TB"
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+
+
+def short_name(source: str) -> str:
+    """The last part of a path or hub id, which leaves room on the line."""
+    return Path(source).name or source
 
 
 @contextlib.contextmanager

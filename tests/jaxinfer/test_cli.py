@@ -462,7 +462,7 @@ def test_a_pipe_gets_the_text_and_nothing_else(spoken):
     out, err = child.communicate("Hi there\n")
     assert child.returncode == 0, err
     assert json.loads(out)["results"][0]["prompt"] == "Hi there"
-    assert [line.split(" in ")[0] for line in err.splitlines()] == [f"loading {spoken} ...", f"loaded {spoken}"]
+    assert [line.split(" in ")[0] for line in err.splitlines()] == ["loading spoken ...", "loaded spoken"]
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(folder):

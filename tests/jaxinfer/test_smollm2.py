@@ -1,0 +1,197 @@
+"""A real model, SmolLM2-135M-Instruct from its GGUF file: the ids of transformers float32, and what loading takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import golden_weights
+import jax
+import pytest
+
+import jaxinfer
+from jaxinfer import SamplingParams
+
+CASES = json.loads((golden_weights.GOLDEN / "smollm2.json").read_text())["prompts"]
+ALL = list(CASES)
+SHORT = ["english", "word"]
+GREEDY = SamplingParams(max_tokens=64, ignore_eos=True)
+SAMPLED = SamplingParams(max_tokens=64, ignore_eos=True, temperature=0.8, top_p=0.95, seed=7)
+
+MB = 10**6
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="session")
+def model(smollm2_gguf: Path) -> Callable[..., jaxinfer.Engine]:
+    """model(tp=, pp=): an engine in float32. One at a time is kept: each holds 540 MB."""
+    kept: dict[tuple[int, int], jaxinfer.Engine] = {}
+
+    def get(tp: int = 1, pp: int = 1) -> jaxinfer.Engine:
+        if (tp, pp) not in kept:
+            for engine in kept.values():
+                engine.close()
+            kept.clear()
+            sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+            config = {"dtype": "float32", "inference_max_tokens": 320, "micro_batch_size": 8, "engine": sizes}
+            kept[tp, pp] = jaxinfer.init_inference(smollm2_gguf, config)
+        return kept[tp, pp]
+
+    return get
+
+
+def check(found: dict[str, list[int]], how: str) -> None:
+    """The ids of transformers, up to ties."""
+    for name, ids in found.items():
+        case = CASES[name]
+        step = golden_weights.first_difference(ids, case["ids"], case["gaps"], case["runner_up"])
+        assert step is None, f"{name} {how}, step {step}: {ids} for {case['ids']}"
+
+
+def generate(engine: jaxinfer.Engine, names: Sequence[str], params: SamplingParams = GREEDY) -> dict[str, list[int]]:
+    """One batch of prompts."""
+    results = engine.generate([CASES[name]["prompt"] for name in names], params)
+    return {name: result.token_ids for name, result in zip(names, results, strict=True)}
+
+
+def streamed(engine: jaxinfer.Engine, name: str, params: SamplingParams = GREEDY) -> tuple[list[int], str]:
+    deltas = list(engine.stream(CASES[name]["prompt"], params))
+    return [token for delta in deltas for token in delta.token_ids], "".join(delta.text for delta in deltas)
+
+
+@pytest.fixture(scope="session")
+def sampled(model) -> list[int]:
+    """What the seed draws, alone on one device."""
+    return model().generate(CASES["english"]["prompt"], SAMPLED).token_ids
+
+
+# --- one device
+
+
+@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
+def test_alone(model, name: str) -> None:
+    check(generate(model(), [name]), "alone")
+
+
+def test_streamed(model) -> None:
+    ids, text = streamed(model(), "english")
+    check({"english": ids}, "streamed")
+    whole = model().generate(CASES["english"]["source"], GREEDY)
+    assert whole.prompt_token_ids == CASES["english"]["prompt"]
+    assert whole.text == text == CASES["english"]["text"] and text.startswith(" Paris.")
+
+
+def test_sampled_text_is_streamed_alike(model, sampled) -> None:
+    assert sampled != CASES["english"]["ids"]
+    assert streamed(model(), "english", SAMPLED)[0] == sampled
+
+
+def test_one_padded_batch(model, sampled) -> None:
+    """Greedy, and then one of them sampled among greedy ones."""
+    check(generate(model(), ALL), "in one padded batch")
+    params = [SAMPLED if name == "english" else SamplingParams(max_tokens=2, ignore_eos=True) for name in ALL]
+    results = model().generate([CASES[name]["prompt"][:16] for name in ALL], params)
+    assert results[ALL.index("english")].token_ids == sampled
+
+
+# --- meshes
+
+
+def test_tensor_parallel(model, sampled) -> None:
+    """Two devices: 9 heads and 3 kv heads do not divide."""
+    check(generate(model(tp=2), SHORT), "at TP 2")
+    assert generate(model(tp=2), SHORT, SAMPLED)["english"] == sampled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (4, 1), (8, 1), (1, 2), (2, 2)])
+def test_meshes(model, sampled, tp: int, pp: int) -> None:
+    engine = model(tp, pp)
+    how = f"at TP {tp} x PP {pp}"
+    check(generate(engine, ALL), how)
+    check({"english": streamed(engine, "english")[0]}, f"{how}, streamed")
+    assert generate(engine, [*ALL[1:], "english"], SAMPLED)["english"] == sampled
+
+
+# --- loading, in processes of their own
+
+
+def start(job: dict[str, Any]) -> subprocess.Popen[str]:
+    env = os.environ | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": "1",
+        "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir or "",
+    }
+    command = [sys.executable, str(Path(__file__).with_name("loading_child.py")), json.dumps(job)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(children: Sequence[subprocess.Popen[str]], seconds: int) -> list[dict[str, Any]]:
+    """What the children print; none of them outlives this call."""
+    answers = []
+    try:
+        for child in children:
+            out, err = child.communicate(timeout=seconds)
+            assert child.returncode == 0, err[-3000:]
+            answers.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for child in children:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            child.communicate()
+    return answers
+
+
+def weigh(source: Path, config: dict[str, Any]) -> dict[str, Any]:
+    small = {"inference_max_tokens": 64, "micro_batch_size": 1}
+    (answer,) = finish([start({"source": str(source), "config": small | config})], 120)
+    print({key: round(answer[key] / MB) for key in ("peak", "bytes", "largest")}, "MB")
+    assert answer["peak"] <= answer["bytes"] + answer["largest"] + 300 * MB
+    return answer
+
+
+def test_memory_while_loading(smollm2_gguf: Path) -> None:
+    assert 530 * MB < weigh(smollm2_gguf, {"dtype": "float32"})["bytes"] < 545 * MB
+
+
+@pytest.mark.slow
+def test_memory_while_loading_other_precisions(smollm2_gguf: Path, tmp_path: Path) -> None:
+    from convert.native import save_native
+    from jaxinfer.config import QuantizationConfig
+    from jaxinfer.loading import open_source
+
+    assert 265 * MB < weigh(smollm2_gguf, {"dtype": "bfloat16"})["bytes"] < 275 * MB
+    assert weigh(smollm2_gguf, {})["bytes"] < 120 * MB  # packed as the file has it
+    opened = open_source(smollm2_gguf)
+    tensors = opened.stored_as(dtype=None, quantization=QuantizationConfig())
+    save_native(tmp_path / "int8", config=opened.config.to_dict(), tensors=tensors, assets=opened.assets)
+    assert 134 * MB < weigh(tmp_path / "int8", {})["bytes"] < 140 * MB
+
+
+@pytest.mark.slow
+def test_four_processes(smollm2_gguf: Path) -> None:
+    """TP 4 over jax.distributed: every process reads and keeps about a quarter, and all say what transformers says."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sizes = {"tensor_parallel_size": 4}
+    config = {"dtype": "float32", "inference_max_tokens": 96, "micro_batch_size": 2, "engine": sizes}
+    job = {"source": str(smollm2_gguf), "config": config, "processes": 4, "port": port}
+    job["prompts"] = {name: CASES[name]["prompt"] for name in SHORT}
+    answers = finish([start(job | {"process": i}) for i in range(4)], 300)
+    for answer in answers:
+        print({key: round(answer[key] / MB) for key in ("peak", "kept", "read", "bytes", "largest")}, "MB")
+        assert answer["devices"] == [1, 4]
+        check(answer["ids"], "at TP 4 in 4 processes")
+        # 3 kv heads are padded to 4, mlp and vocabulary divide
+        assert 0.24 * answer["bytes"] < answer["kept"] < 0.26 * answer["bytes"]
+        assert answer["read"] < 1.05 * answer["kept"]
+        assert answer["peak"] < answer["kept"] + answer["largest"] / 4 + 300 * MB
