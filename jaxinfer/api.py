@@ -70,8 +70,8 @@ def _tokenizer(assets: TokenizerAssets) -> Tokenizer | None:
     """The checkpoint's tokenizer, or None where it brings none: its engine takes token ids. Raises NoTokenizerError for a damaged one."""
     try:
         return Tokenizer.from_assets(assets)
-    except NoTokenizerError:
-        if assets.tokenizer_json is not None:
+    except NoTokenizerError as error:
+        if error.__cause__ is not None:  # files are there, and something is wrong with them
             raise
         return None
 

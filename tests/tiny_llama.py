@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 import jaxinfer
 from jaxinfer import SamplingParams
@@ -90,3 +91,9 @@ def padded(prompts: list[list[int]], width: int = 16) -> tuple[np.ndarray, np.nd
     for row, prompt in zip(tokens, prompts, strict=True):
         row[: len(prompt)] = prompt
     return tokens, np.array([len(prompt) for prompt in prompts], np.int32)
+
+
+def check(error: pytest.ExceptionInfo[BaseException], *words: str) -> None:
+    """The message holds all of these words."""
+    missing = [word for word in words if word not in str(error.value)]
+    assert not missing, f"{missing} not in: {error.value}"

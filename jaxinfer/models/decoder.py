@@ -109,6 +109,7 @@ class ParameterInfo:
     axes: tuple[str, ...]
 
 
+@functools.lru_cache(maxsize=8)
 def parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
     """Module path -> ParameterInfo of every parameter of a Decoder. All layers are alike, so one is built, abstractly."""
     one = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, layers=1)))

@@ -262,6 +262,7 @@ def test_stop_strings(talking) -> None:
         assert (result.text, result.finish_reason) == (text[:at], "stop")
         assert result.token_ids == whole.token_ids[: len(result.token_ids)]
         assert len(result.token_ids) == at + 2
+        assert not talking._resting[1].active.any()  # the device has stopped too
     deltas = list(talking.stream("Hello, you", params))
     assert "".join(delta.text for delta in deltas) == text[:at]
     both = talking.generate(["Hello, you", "Hello, you", "x"], [params, SamplingParams(max_tokens=40, ignore_eos=True), GREEDY])

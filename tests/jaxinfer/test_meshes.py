@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import numpy as np
 import pytest
@@ -53,10 +55,10 @@ def test_probabilities(make_engine, tp: int, pp: int) -> None:
 
 
 @pytest.fixture(scope="session")
-def wide(tiny_model) -> TinyModel:
-    """Inputs that groups of 32 and 64 divide; heads of 32, so that a group of 64 holds two."""
-    changes = {"hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 1, "num_attention_heads": 6, "head_dim": 32}
-    return tiny_model(**changes)
+def wide(tiny_model) -> Callable[[int], TinyModel]:
+    """wide(layers): inputs that groups of 32 and 64 divide; heads of 32, so that a group of 64 holds two."""
+    changes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 6, "head_dim": 32}
+    return lambda layers: tiny_model(num_hidden_layers=layers, **changes)
 
 
 QUANTIZED = [
@@ -81,7 +83,7 @@ QUANTIZED = [
 @pytest.mark.parametrize(("spec", "tp", "pp"), QUANTIZED)
 def test_quantised(make_engine, wide, spec: str, tp: int, pp: int) -> None:
     """The logical weight is quantised, so that every mesh holds the same levels."""
-    keys = {"model": wide, "quantization": spec, "micro_batch_size": 2}
+    keys = {"model": wide(pp), "quantization": spec, "micro_batch_size": 2}
     alone, spread = make_engine(**keys), make_engine(tp=tp, pp=pp, **keys)
     expected = alone.generate(PROMPTS[1:3], GREEDY)
     assert tokens_of(spread.generate(PROMPTS[1:3], GREEDY)) == tokens_of(expected)
@@ -89,7 +91,7 @@ def test_quantised(make_engine, wide, spec: str, tp: int, pp: int) -> None:
 
 def test_quantised_probabilities(make_engine, wide) -> None:
     """A group of 64 holds two heads; where it is cut, its scale and minimum are repeated."""
-    keys = {"model": wide, "quantization": "w4a16-g64-asym"}
+    keys = {"model": wide(1), "quantization": "w4a16-g64-asym"}
     expected, found = make_engine(**keys).score(PROMPTS[2]), make_engine(tp=2, **keys).score(PROMPTS[2])
     assert found.logprobs[1:] == pytest.approx(expected.logprobs[1:], abs=1e-4)
     assert found.greedy_token_ids == expected.greedy_token_ids
@@ -97,12 +99,13 @@ def test_quantised_probabilities(make_engine, wide) -> None:
 
 def test_quantised_weights_stay_packed(wide) -> None:
     """What is kept is the levels and scales, in the module as in the engine."""
+    folder = wide(1).folder
     small = {"inference_max_tokens": 16, "micro_batch_size": 1}
     size = lambda weights: sum(leaf.nbytes for leaf in jax.tree.leaves(weights))
-    whole = size(jaxinfer.load_model(wide.folder).weights())
+    whole = size(jaxinfer.load_model(folder).weights())
     for spec, least, most in (("w8a8", 0.25, 0.28), ("w4a16-g32", 0.125, 0.2), ("w4a16-g64-asym", 0.125, 0.2)):
-        engine = jaxinfer.init_inference(wide.folder, small | {"quantization": spec})
-        model = jaxinfer.load_model(wide.folder, quantization=spec)
+        engine = jaxinfer.init_inference(folder, small | {"quantization": spec})
+        model = jaxinfer.load_model(folder, quantization=spec)
         assert least < size(engine.params) / whole < most
         assert size(model.weights()) == size(engine.params)
         again = jaxinfer.init_inference(model, small)

@@ -121,4 +121,4 @@ def test_slots_by_hand_in_a_pipeline(make_engine, greedy) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(("tp", "pp"), [(1, 3), (2, 2), (3, 1)])
 def test_slots_by_hand_on_meshes(make_engine, greedy, tp: int, pp: int) -> None:
-    by_hand(make_engine(tp=tp, pp=pp), greedy, [pp - 1, 0, pp], 2)
+    by_hand(make_engine(tp=tp, pp=pp), greedy, [3 * pp - 1, 0, 1], 3)

@@ -66,6 +66,13 @@ def streamed(engine: jaxinfer.Engine, name: str, params: SamplingParams = GREEDY
     return [token for delta in deltas for token in delta.token_ids], "".join(delta.text for delta in deltas)
 
 
+def sampled_in_a_batch(engine: jaxinfer.Engine) -> list[int]:
+    """What the seed draws in the last row of eight, the others being greedy."""
+    prompts = [CASES[name]["prompt"][:16] for name in [*ALL[1:], "english"]]
+    params = [SamplingParams(max_tokens=2, ignore_eos=True)] * (len(ALL) - 1)
+    return engine.generate(prompts, [*params, SAMPLED])[-1].token_ids
+
+
 @pytest.fixture(scope="session")
 def sampled(model) -> list[int]:
     """What the seed draws, alone on one device."""
@@ -94,11 +101,8 @@ def test_sampled_text_is_streamed_alike(model, sampled) -> None:
 
 
 def test_one_padded_batch(model, sampled) -> None:
-    """Greedy, and then one of them sampled among greedy ones."""
     check(generate(model(), ALL), "in one padded batch")
-    params = [SAMPLED if name == "english" else SamplingParams(max_tokens=2, ignore_eos=True) for name in ALL]
-    results = model().generate([CASES[name]["prompt"][:16] for name in ALL], params)
-    assert results[ALL.index("english")].token_ids == sampled
+    assert sampled_in_a_batch(model()) == sampled
 
 
 # --- meshes
@@ -111,13 +115,14 @@ def test_tensor_parallel(model, sampled) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (4, 1), (8, 1), (1, 2), (2, 2)])
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (4, 1), (1, 2), (2, 2)])
 def test_meshes(model, sampled, tp: int, pp: int) -> None:
     engine = model(tp, pp)
     how = f"at TP {tp} x PP {pp}"
     check(generate(engine, ALL), how)
-    check({"english": streamed(engine, "english")[0]}, f"{how}, streamed")
-    assert generate(engine, [*ALL[1:], "english"], SAMPLED)["english"] == sampled
+    assert sampled_in_a_batch(engine) == sampled
+    if (tp, pp) == (2, 2):
+        check({"english": streamed(engine, "english")[0]}, f"{how}, streamed")
 
 
 # --- loading, in processes of their own

@@ -9,15 +9,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from jaxinfer.text import (
-    ChatTemplateError,
-    NoChatTemplateError,
-    NoTokenizerError,
-    StopMatcher,
-    StreamDecoder,
-    TextError,
-    Tokenizer,
-)
+from jaxinfer.errors import ChatTemplateError, NoChatTemplateError, NoTokenizerError, TextError
+from jaxinfer.text import StopMatcher, StreamDecoder, Tokenizer
 
 CORPUS = [
     "The capital of France is Paris. The capital of Spain is Madrid.",
@@ -290,8 +283,11 @@ def test_folder_without_tokenizer_json_goes_through_transformers(bpe, tmp_path):
     assert tokenizer.eos_ids == (2,)
     (tmp_path / "vocab.json").unlink()
     (tmp_path / "merges.txt").unlink()
-    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "NoSuchTokenizer"}')
     with pytest.raises(NoTokenizerError, match="transformers cannot build"):
+        Tokenizer.from_assets(Assets(None, folder=tmp_path))
+    (tmp_path / "tokenizer_config.json").unlink()
+    with pytest.raises(NoTokenizerError, match="the checkpoint has no tokenizer"):
         Tokenizer.from_assets(Assets(None, folder=tmp_path))
 
 
