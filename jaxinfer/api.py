@@ -139,7 +139,7 @@ def generate(
     state = generation.empty_state(plan, batch=B, tokens=T + max_new_tokens, cache_dtype=dtype)
     state = generation.insert(prefix, state, jnp.arange(B, dtype=jnp.int32), plan=plan)
     steps = max_new_tokens - 1
-    _, emitted = generation.decode(weights, state, jnp.int32(steps), plan=plan, top=0, capacity=max(steps, 1))
+    _, emitted = generation.decode(weights, state, jnp.int32(steps), plan=plan, top=0)
     later, counts = emitted.choices.token[0, :, :steps], emitted.counts[0]
     tokens = jnp.concatenate([prefix.first.token[:, None], later], 1)
     return Generated(tokens, counts + 1)

@@ -25,7 +25,8 @@ from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
 from jaxinfer.text import Tokenizer
 from pallas_kernels.layer_cache import cache_dtype
 
-SMALLEST_BUCKET = 16  # tokens
+SMALLEST_BUCKET = 16  # tokens of a prompt
+SMALLEST_CACHE = 128  # tokens of a cache row
 STOP_CHECK_STEPS = 16  # tokens between looks at stop strings and at waiting requests
 SCORE_ROWS = 4
 
@@ -69,8 +70,8 @@ class Engine:
         self._params: DecoderWeights | None = placed.weights
         dtype = cache_dtype(config.kv_cache.dtype or config.dtype or "float32")
         self.eos_ids = tuple(dict.fromkeys((*eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
-        self._programs: Programs | None = Programs(placed, capacity=config.inference_max_tokens, cache_dtype=dtype)
-        self._resting: tuple[int, State] | None = None  # a state that no request uses
+        self._programs: Programs | None = Programs(placed, cache_dtype=dtype)
+        self._resting: tuple[tuple[int, int], State] | None = None  # a state that no request uses, and its sizes
         self._lock = threading.Lock()
 
     @property
@@ -114,11 +115,18 @@ class Engine:
         """Stop the sequence in a slot. `state` is donated."""
         return self._running().free()(state, np.int32(slot))
 
-    def init_state(self, batch: int) -> State:
-        """A state of `batch` sequences per micro-batch, so batch * stages slots, all free."""
+    def init_state(self, batch: int, tokens: int | None = None) -> State:
+        """A state of `batch` sequences per micro-batch, so batch * stages slots, all free, each with room for `tokens` tokens.
+
+        tokens: inference_max_tokens by default. Fewer are faster: attention reads a whole row and masks what is not there yet.
+        """
+        most = self.config.inference_max_tokens
+        tokens = most if tokens is None else tokens
         if not 1 <= batch <= self.config.micro_batch_size:
             raise EngineStateError(f"batch {batch}: micro_batch_size allows 1 to {self.config.micro_batch_size}")
-        return self._running().state(batch)()
+        if not 1 <= tokens <= most:
+            raise EngineStateError(f"room for {tokens} tokens: inference_max_tokens allows 1 to {most}")
+        return self._running().state(batch, tokens)()
 
     # --- generation
 
@@ -252,17 +260,17 @@ class Engine:
         return tokens, lengths
 
     @contextlib.contextmanager
-    def _state(self, batch: int):
+    def _state(self, batch: int, tokens: int):
         """A state to work with: the resting one where it fits. One that an exception leaves behind is not used again."""
         with self._lock:
             resting, self._resting = self._resting, None
-        if resting is None or resting[0] != batch:
+        if resting is None or resting[0] != (batch, tokens):
             del resting  # before the new one is made
-            resting = batch, self.init_state(batch)
+            resting = (batch, tokens), self.init_state(batch, tokens)
         holder = [resting[1]]
         yield holder
         with self._lock:
-            self._resting = batch, holder[0]
+            self._resting = (batch, tokens), holder[0]
 
     def _run(self, requests: Sequence[Request], *, every: int | None) -> Iterator[tuple[Request, Delta]]:
         """All requests to their ends, in as many slots as there are. every: tokens between looks, None for as many as possible."""
@@ -271,8 +279,10 @@ class Engine:
             return
         top = max(r.params.logprobs or 0 for r in requests) and self.config.max_logprobs
         batch = bucket(-(-len(waiting) // self.stages), 1, self.config.micro_batch_size)
+        # attention reads as much of a row as its cache can hold
+        tokens = bucket(max(len(r.prompt) + r.limit for r in requests), SMALLEST_CACHE, self.config.inference_max_tokens)
         slots: dict[int, Request] = {}
-        with self._state(batch) as holder:
+        with self._state(batch, tokens) as holder:
             while waiting or slots:
                 free = [s for s in range(batch * self.stages) if s not in slots]
                 if waiting and free:

@@ -207,9 +207,10 @@ def free(state: State, slot, *, plan: Plan) -> State:
     return dataclasses.replace(state, active=state.active.at[m, b].set(False), valid=_forget(state, m, b, plan))
 
 
-def decode(weights, state: State, steps, *, plan: Plan, top: int, capacity: int) -> tuple[State, Emitted]:
-    """Up to `steps` tokens for every active sequence, int32 scalar, at most `capacity` (static); ends when none is active."""
+def decode(weights, state: State, steps, *, plan: Plan, top: int) -> tuple[State, Emitted]:
+    """Up to `steps` tokens for every active sequence, int32 scalar, at most as many as the cache holds; ends when none is active."""
     M, B = state.tokens.shape
+    capacity = state.caches[0].tokens
     choices = Choice(
         token=jnp.zeros((M, B, capacity), jnp.int32),
         logprob=jnp.zeros((M, B, capacity), jnp.float32),

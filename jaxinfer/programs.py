@@ -37,11 +37,11 @@ def _once(build: Callable) -> Callable:
 
 
 class Programs:
-    """capacity: tokens that a cache row holds, and that one decode call may emit. cache_dtype: of keys and values."""
+    """cache_dtype: of keys and values."""
 
-    def __init__(self, placed: Placed, *, capacity: int, cache_dtype):
+    def __init__(self, placed: Placed, *, cache_dtype):
         self.mesh, self.plan, self.weights = placed.mesh, placed.plan, placed.specs
-        self.capacity, self.cache_dtype = capacity, cache_dtype
+        self.cache_dtype = cache_dtype
         self.built: dict[tuple, Callable] = {}
 
     def _jit(self, function: Callable, in_specs, out_specs, donate=()):
@@ -66,7 +66,7 @@ class Programs:
     @_once
     def decode(self, top: int):
         """(weights, State, steps) -> (State, Emitted); the state is donated."""
-        run = self._model(generation.decode, top=top, capacity=self.capacity)
+        run = self._model(generation.decode, top=top)
         return self._jit(run, (self.weights, STATE, P()), (STATE, P()), donate=1)
 
     @_once
@@ -75,11 +75,9 @@ class Programs:
         return self._jit(functools.partial(generation.free, plan=self.plan), (STATE, P()), STATE, donate=0)
 
     @_once
-    def state(self, batch: int):
-        """() -> an empty State of `batch` sequences per micro-batch."""
-        make = functools.partial(
-            generation.empty_state, self.plan, batch=batch, tokens=self.capacity, cache_dtype=self.cache_dtype
-        )
+    def state(self, batch: int, tokens: int):
+        """() -> an empty State of `batch` sequences per micro-batch, each of at most `tokens` tokens."""
+        make = functools.partial(generation.empty_state, self.plan, batch=batch, tokens=tokens, cache_dtype=self.cache_dtype)
         return self._jit(make, (), STATE)
 
     @_once

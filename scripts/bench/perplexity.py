@@ -55,17 +55,25 @@ def compare(logits, reference, targets):
     return nll, kl, jnp.sum(jnp.argmax(p, -1) == jnp.argmax(q, -1))
 
 
-def measure(windows: np.ndarray, run, reference) -> dict:
-    """Sums over all windows, as means per token."""
-    totals, start = np.zeros(3), time.perf_counter()
+def measure(windows: np.ndarray, models: dict) -> dict[str, dict]:
+    """Means per token over all windows, for every model; the first one is the reference."""
+    totals = {name: np.zeros(3) for name in models}
+    start = time.perf_counter()
     for n, window in enumerate(windows):
         ids = jnp.asarray(window[None])
-        totals += [float(v) for v in compare(run(ids), reference(ids), ids[0, 1:])]
-        print(f"\r{n + 1} of {len(windows)} windows", end="", file=sys.stderr, flush=True)
+        reference = None
+        for name, run in models.items():
+            logits = run(ids)
+            reference = logits if reference is None else reference
+            totals[name] += [float(v) for v in compare(logits, reference, ids[0, 1:])]
+        print(f"\r{n + 1} of {len(windows)} windows, {time.perf_counter() - start:.0f} s", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
     count = windows.size - len(windows)
-    nll, kl, same = totals / count
-    print(f", {time.perf_counter() - start:.0f} s", file=sys.stderr)
-    return {"nll": nll, "perplexity": math.exp(nll), "kl": kl, "top1_agreement": same}
+    means = {name: total / count for name, total in totals.items()}
+    return {
+        name: {"nll": nll, "perplexity": math.exp(nll), "kl": kl, "top1_agreement": same}
+        for name, (nll, kl, same) in means.items()
+    }
 
 
 def main() -> None:
@@ -80,21 +88,20 @@ def main() -> None:
     tokenizer = Tokenizer.from_assets(open_source(args.model).assets)
     ids = np.asarray(tokenizer.encode(args.data.read_text(encoding="utf-8"), add_special=False), np.int32)
     windows = ids[: len(ids) // WINDOW * WINDOW].reshape(-1, WINDOW)[: args.windows]
-    reference = logits_of(load(args.model, "float32"))
-    rows = {}
-    for precision in args.precisions.split(","):
-        model = load(args.model, precision)
-        nbytes = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))
-        print(f"{precision}: ", end="", file=sys.stderr)
-        rows[precision] = {"bytes": nbytes, **measure(windows, logits_of(model), reference)}
-    base = rows.get("float32")
+    names = ["float32", *(name for name in args.precisions.split(",") if name != "float32")]
+    runs, sizes = {}, {}
+    for name in names:
+        model = load(args.model, name)
+        runs[name] = logits_of(model)
+        sizes[name] = sum(a.nbytes for a in jax.tree.leaves(nnx.state(model)))
+    rows = {name: {"bytes": sizes[name], **row} for name, row in measure(windows, runs).items()}
     if args.json:
         print(json.dumps({"tokens_in_file": len(ids), "windows": len(windows), "precisions": rows}))
         return
     print(f"{len(ids)} tokens in the file, {len(windows)} windows of {WINDOW}")
     print(f"{'precision':<12} {'MB':>7} {'nll':>8} {'ppl':>9} {'to float32':>10} {'KL':>9} {'top-1':>7}")
     for name, row in rows.items():
-        change = f"{row['perplexity'] / base['perplexity'] - 1:+.2%}" if base else "-"
+        change = f"{row['perplexity'] / rows['float32']['perplexity'] - 1:+.2%}"
         mb, top1 = row["bytes"] / 1e6, row["top1_agreement"]
         print(f"{name:<12} {mb:7.0f} {row['nll']:8.5f} {row['perplexity']:9.4f} {change:>10} {row['kl']:9.6f} {top1:7.2%}")
 

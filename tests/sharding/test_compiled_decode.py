@@ -43,8 +43,8 @@ def decoder(quantized: bool) -> Decoder:
 
 def lowered(placed: Placed, batch: int):
     """The decode program lowered for the shapes that the placed model has, on its mesh or another one of the same shape."""
-    programs = Programs(placed, capacity=TOKENS, cache_dtype=jnp.float32)
-    state = jax.eval_shape(programs.state(batch))
+    programs = Programs(placed, cache_dtype=jnp.float32)
+    state = jax.eval_shape(programs.state(batch, TOKENS))
     on_mesh = lambda spec, tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(placed.mesh, spec)), tree
     )
