@@ -180,8 +180,9 @@ class Engine:
         for done, (tokens, batch) in enumerate(work):
             if progress:
                 progress(done, len(work), f"{batch} x {tokens} tokens")
-            prompt = [0] * min(tokens, self.config.inference_max_tokens - 2)
-            self.generate([prompt] * batch, SamplingParams(max_tokens=2, ignore_eos=True))
+            most = self.config.inference_max_tokens
+            prompt = [0] * min(tokens, most - 1)
+            self.generate([prompt] * batch, SamplingParams(max_tokens=min(2, most - len(prompt)), ignore_eos=True))
         if progress:
             progress(len(work), len(work), "ready")
 

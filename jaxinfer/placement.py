@@ -147,7 +147,7 @@ def place(
     """Put a model on a mesh.
 
     source: a Decoder, or a mapping of every module path to a tensor that can be read in pieces, with its config.
-    progress(done, total, name): called per tensor, in bytes of what the file holds. Raises MeshError for a mesh that does not fit.
+    progress(done, total, name): called per tensor that was read, counting tensors. Raises MeshError for a mesh that does not fit.
     """
     if isinstance(source, Decoder):
         tensors: Mapping[str, Readable] = module_tensors(source)

@@ -1,6 +1,7 @@
 """What several rooms of tests share: eight CPU devices, a compilation cache that is not the user's, the real model."""
 
 import os
+import signal
 from pathlib import Path
 
 import jax
@@ -8,6 +9,10 @@ import pytest
 
 # before any test starts the backend; a mesh takes as many as it needs
 jax.config.update("jax_num_cpu_devices", 8)
+
+# a shell that starts the tests in the background lets them ignore SIGINT, and so would every child that a test interrupts
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 

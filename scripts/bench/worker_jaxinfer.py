@@ -23,7 +23,9 @@ def bytes_per_token(engine: Any) -> int:
     """Bytes of weights read for each token: all of them but the embedding table, of which one row is; a tied one counts."""
     import jax
 
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params))
+    params = engine.params
+    unread = 0 if params.head is None else sum(leaf.nbytes for leaf in jax.tree.leaves(params.embedding))
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - unread
 
 
 def main() -> None:

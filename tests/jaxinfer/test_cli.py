@@ -478,13 +478,13 @@ def test_interrupting_is_quiet(folder, tmp_path):
     child = process("generate", folder, "--prompt-file", fifo)
     with fifo.open("w"):  # opens when the command reads from it
         child.send_signal(signal.SIGINT)
-        _, err = child.communicate()
+        _, err = child.communicate(timeout=300)
     assert child.returncode == 130 and err == "jaxinfer: interrupted\n"
 
 
 def test_a_mesh_of_cpu_devices(folder):
     arguments = ("generate", folder, "--prompt-ids", IDS, "--max-tokens", 4, "--ignore-eos", "--tp", 2)
     child = process(*arguments, "--cpu-devices", 2, "--max-length", 16, "--micro-batch-size", 1)
-    out, err = child.communicate()
+    out, err = child.communicate(timeout=300)
     assert child.returncode == 0, err
     assert out == ",".join(map(str, EXPECTED[:4])) + "\n"
