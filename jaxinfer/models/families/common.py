@@ -94,6 +94,8 @@ HARMLESS = frozenset(
         "unsloth_version",
         "unsloth_fixed",
         "is_llama_config",
+        "max_sequence_length",
+        "transformers.js_config",
     ]
 )
 
