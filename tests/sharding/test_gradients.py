@@ -44,7 +44,13 @@ def batch():
     return rng.integers(0, 50, (B, T)).astype(np.int32), np.array([7, 3, 6, 2], np.int32)
 
 
-@pytest.fixture(scope="module", params=[(8, 4, True), (9, 3, False)], ids=["8/4 heads, tied", "9/3 heads, own head"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((8, 4, True), id="8/4 heads, tied"),
+        pytest.param((9, 3, False), id="9/3 heads, own head", marks=pytest.mark.slow),
+    ],
+)
 def model(request):
     """A module with nothing at zero or one, so that every parameter has a gradient of its own."""
     module = Decoder(config(*request.param), nnx.Rngs(1))
