@@ -8,6 +8,7 @@ import pytest
 from deviceless import h100_mesh
 from flax import nnx
 from hlo import collectives, copies
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
@@ -77,6 +78,17 @@ def test_on_cpu_devices(stage, tensor, quantized):
     check(placed, program.compile().as_text(), state)
 
 
+@pytest.fixture
+def no_compilation_cache():
+    """Programs for devices that are not here can be written to the persistent cache, but not read back."""
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether it is used is looked up once
+    yield
+    jax.config.update("jax_enable_compilation_cache", True)
+    compilation_cache.reset_cache()
+
+
+@pytest.mark.usefixtures("no_compilation_cache")
 @pytest.mark.parametrize(("stage", "tensor"), [(1, 1), (1, 8), (2, 4)])
 def test_for_h100s_without_one(stage, tensor):
     here = place(decoder(False), make_mesh(stage=stage, tensor=tensor))
