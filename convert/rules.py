@@ -1,5 +1,6 @@
 """Rules from names of a checkpoint to paths of a model, as data, and the account of every name both ways."""
 
+import abc
 import dataclasses
 import difflib
 import functools
@@ -23,16 +24,16 @@ from sharding.partition import Units
 HINTED = 20  # problems of one kind that get a nearest name; finding one compares with every name
 
 
-class Transform:
+class Transform(abc.ABC):
     """A change of layout that keeps slices lazy: it says which units of the source to read, then finishes the array."""
 
+    @abc.abstractmethod
     def shape(self, source: tuple[int, ...]) -> tuple[int, ...]:
         """The target's shape. Raises ConversionError where the source does not fit."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def units(self, target: Sequence[Units | None], source: tuple[int, ...]) -> tuple[Units | None, ...]:
         """What to read of a source of shape `source` for a shard of the target."""
-        raise NotImplementedError
 
     def finish(self, array: np.ndarray | QTensor) -> np.ndarray | QTensor:
         """The shard of the target out of what was read."""

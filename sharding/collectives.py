@@ -7,7 +7,6 @@ region is opened by `enter` and closed by `leave`: identity forward and sum back
 
 import dataclasses
 import functools
-import math
 
 import jax
 from jax import lax
@@ -93,18 +92,3 @@ def expected_decode(*, slots: int, stages: int, tensor: int) -> Expected:
         all_gather=int(split_vocab),
         collective_permute=int(pipeline),
     )
-
-
-def all_reduce_bytes(size: int, ranks: int) -> int:
-    """Bytes that each rank sends in a ring all-reduce of `size` bytes: 2 (n - 1) / n of them."""
-    return math.ceil(2 * size * (ranks - 1) / ranks)
-
-
-def all_gather_bytes(size: int, ranks: int) -> int:
-    """Bytes that each rank sends in a ring all-gather to a result of `size` bytes: (n - 1) / n of them."""
-    return math.ceil(size * (ranks - 1) / ranks)
-
-
-def permute_bytes(size: int) -> int:
-    """Bytes that each rank sends in a permute of `size` bytes."""
-    return size
