@@ -7,12 +7,13 @@ import importlib
 
 _HOMES = {
     "api": ("Generated", "generate", "init_inference"),
-    "config": ("CacheConfig", "EngineConfig", "ParallelConfig", "QuantizationConfig", "SamplingParams"),
+    "config": ("CacheConfig", "EngineConfig", "ParallelConfig", "QuantizationConfig"),
     "engine": ("Engine",),
     "loading": ("load_model",),
     "models": ("Decoder", "ModelConfig"),
     "placement": ("place",),
     "requests": ("GenerationResult", "ScoreResult", "TokenLogprob"),
+    "sampling_params": ("SamplingParams",),
 }
 _HOME = {name: home for home, names in _HOMES.items() for name in names}
 

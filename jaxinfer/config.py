@@ -1,20 +1,20 @@
-"""What a user sets: EngineConfig, QuantizationConfig and SamplingParams; frozen, checked once, from Python, a dict or a JSON file."""
+"""What a user sets about an engine: EngineConfig and its parts; frozen, checked once, from Python, a dict or a JSON file."""
 
 import dataclasses
 import difflib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.errors import ConfigError, SamplingParamsError
+from jaxinfer.errors import ConfigError
 from pallas_kernels.qtensor import ActivationQuant
 
 DTYPES = ("float32", "bfloat16", "float16")
 CACHE_DTYPES = (*DTYPES, "int8")
-MAX_TOP_LOGPROBS = 20
+MAX_TOP_LOGPROBS = 20  # alternatives that a request may ask for, at most
 
 
 def _fields(cls) -> list[str]:
@@ -31,7 +31,8 @@ def _checked_keys(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     return dict(values)
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """A finite int or float, and no bool."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
@@ -171,7 +172,7 @@ class EngineConfig:
         _whole("config", "max_logprobs", self.max_logprobs, 0, MAX_TOP_LOGPROBS)
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}, or quantization for fewer bits")
-        if not _is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
+        if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}; give a number above 0, at most 1")
         if not isinstance(self.compilation_cache, str | Path | bool | None):
             raise ConfigError(f"compilation_cache is {self.compilation_cache!r}; give a folder, None for the user's, or False")
@@ -199,52 +200,3 @@ class EngineConfig:
             elif key == "quantization" and isinstance(values.get(key), str):
                 values[key] = QuantizationConfig.parse(values[key])
         return cls(**values)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class SamplingParams:
-    """How the tokens of one request are chosen.
-
-    max_tokens: new tokens at most; None is as many as inference_max_tokens leaves. temperature: 0 takes the most likely token.
-    top_k: 0 is off. top_p: 1 is off. min_p: 0 is off. seed: the same seed draws the same tokens in any batch and on any mesh.
-    stop: strings that end the text and are not part of it. stop_token_ids: besides the model's own end tokens. ignore_eos: do not end
-    at the model's end tokens. logprobs: alternatives to report per token besides the chosen one; None reports nothing.
-    """
-
-    max_tokens: int | None = None
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    logprobs: int | None = None
-
-    def __post_init__(self):
-        for name in ("stop", "stop_token_ids"):
-            value = getattr(self, name)
-            several = isinstance(value, Iterable) and not isinstance(value, str)
-            object.__setattr__(self, name, tuple(value) if several else (value,))
-        checks = {
-            "max_tokens": (
-                self.max_tokens is None or (type(self.max_tokens) is int and self.max_tokens >= 1),
-                "at least 1, or None",
-            ),
-            "temperature": (_is_number(self.temperature) and self.temperature >= 0, "0 (greedy) or more"),
-            "top_k": (type(self.top_k) is int and self.top_k >= 0, "0 (off) or more"),
-            "top_p": (_is_number(self.top_p) and 0 < self.top_p <= 1, "above 0, at most 1 (off)"),
-            "min_p": (_is_number(self.min_p) and 0 <= self.min_p < 1, "0 (off) or more, below 1"),
-            "seed": (type(self.seed) is int and 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295"),
-            "stop": (all(isinstance(s, str) and s for s in self.stop), "strings that are not empty"),
-            "stop_token_ids": (all(type(t) is int and t >= 0 for t in self.stop_token_ids), "token ids"),
-            "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
-            "logprobs": (
-                self.logprobs is None or (type(self.logprobs) is int and 0 <= self.logprobs <= MAX_TOP_LOGPROBS),
-                f"None, or 0 to {MAX_TOP_LOGPROBS}",
-            ),
-        }
-        for name, (good, limit) in checks.items():
-            if not good:
-                raise SamplingParamsError(f"{name} is {getattr(self, name)!r}; give {limit}")

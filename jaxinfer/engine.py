@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxinfer.config import EngineConfig, SamplingParams
+from jaxinfer.config import EngineConfig
 from jaxinfer.errors import ConfigError, EngineStateError, PromptError, SamplingParamsError, TokenLimitError
 from jaxinfer.generation import Emitted, Prefix, Scores, State
 from jaxinfer.models.decoder import DecoderWeights
@@ -22,6 +22,7 @@ from jaxinfer.placement import Placed
 from jaxinfer.programs import Programs
 from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult, TokenLogprob
 from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import Tokenizer
 from pallas_kernels.layer_cache import cache_dtype
 

@@ -3,7 +3,7 @@
 import dataclasses
 import time
 
-from jaxinfer.config import SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import StopMatcher, StreamDecoder, Tokenizer
 
 

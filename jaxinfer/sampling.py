@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxinfer.config import SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 from pallas_kernels.sampling import WHOLE_VOCAB, VocabShards, argmax, log_probs, sample, top_log_probs
 from sharding.context import ParallelContext
 

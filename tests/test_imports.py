@@ -22,7 +22,7 @@ ARRAYS_ONLY = {"jax", "jaxlib", "jaxtyping", "ml_dtypes", "numpy"}
 
 # Inside jaxinfer a part imports its own row and the rows above it. A new module is given its row here.
 ROWS = [
-    {"compilation", "config", "demo", "errors"},
+    {"compilation", "config", "demo", "errors", "sampling_params"},
     {"models", "cache", "sampling", "text", "chat", "detokenize"},
     {"placement"},
     {"quantization"},

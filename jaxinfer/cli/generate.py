@@ -94,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     start_jax(args.cpu_devices)
     from jaxinfer.api import init_inference
     from jaxinfer.cli.stats import measure
-    from jaxinfer.config import SamplingParams
+    from jaxinfer.sampling_params import SamplingParams
 
     config = _engine_config(args)
     names = {field.name for field in dataclasses.fields(SamplingParams)}

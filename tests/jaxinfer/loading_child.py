@@ -16,7 +16,7 @@ import jax
 
 import jaxinfer
 from jaxinfer import api, placement
-from jaxinfer.config import SamplingParams
+from jaxinfer.sampling_params import SamplingParams
 
 
 def resident(name: str) -> int:
