@@ -146,8 +146,9 @@ class EngineConfig:
     inference_max_tokens: prompt and new tokens of a sequence together. micro_batch_size: sequences decoded in one tick, at most; with
     a pipeline every stage holds as many. dtype: of the matrices; None keeps what the checkpoint stores, packed weights included.
     quantization: None leaves weights as they are. engine: the mesh. max_logprobs: alternatives that a request may ask for.
-    memory_fraction: of the device's free memory that weights and cache may take. compilation_cache: folder of XLA's persistent
-    cache; None is the user's cache folder, False turns it off.
+    memory_fraction: of the device's free memory that weights and cache may take. batch_invariant: a sequence's arithmetic has the same
+    shapes whoever shares the batch, so that its result is the same bit for bit; every step costs what a full batch costs.
+    compilation_cache: folder of XLA's persistent cache; None is the user's cache folder, False turns it off.
     """
 
     inference_max_tokens: int = 1024
@@ -158,6 +159,7 @@ class EngineConfig:
     kv_cache: CacheConfig = CacheConfig()
     max_logprobs: int = 5
     memory_fraction: float = 0.9
+    batch_invariant: bool = False
     compilation_cache: str | Path | bool | None = None
 
     def __post_init__(self):

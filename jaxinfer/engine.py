@@ -1,48 +1,47 @@
-"""The engine: compiled programs, slots, buckets; the four calls prefill / insert / decode / free, and generation on top of them.
+"""The engine: what users call. It checks requests, gives them to its scheduler, and hands out what comes back.
 
-Shapes are few, so that programs are: prompts are padded to a power of two tokens, batches to a power of two rows, and one decode
-program serves every number of steps.
+The four calls prefill / insert / decode / free are there for those who schedule themselves.
 """
 
-import collections
-import contextlib
-import threading
-import time
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+import asyncio
+import queue
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from typing import Any, Self
 
 import jax
 import numpy as np
+from flax import nnx
 
 from jaxinfer.config import EngineConfig
-from jaxinfer.errors import ConfigError, EngineStateError, PromptError, SamplingParamsError, TokenLimitError
+from jaxinfer.errors import (
+    ConfigError,
+    EngineStateError,
+    NoTokenizerError,
+    PromptError,
+    SamplingParamsError,
+    TensorShapeError,
+    TokenLimitError,
+)
 from jaxinfer.generation import Emitted, Prefix, Scores, State
-from jaxinfer.models.decoder import DecoderWeights
-from jaxinfer.placement import Placed
+from jaxinfer.loading import parameter_tensors
+from jaxinfer.models.decoder import Decoder, DecoderWeights
+from jaxinfer.placement import Placed, place
 from jaxinfer.programs import Programs
-from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult, TokenLogprob
+from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult
 from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.scheduler import Scheduler, Ticket
+from jaxinfer.slots import SMALLEST_BUCKET, Slots, bucket, padded
 from jaxinfer.text import Tokenizer
 from pallas_kernels.layer_cache import cache_dtype
+from sharding.rules import DATA
 
-SMALLEST_BUCKET = 16  # tokens of a prompt
-SMALLEST_CACHE = 128  # tokens of a cache row
-STOP_CHECK_STEPS = 16  # tokens between looks at stop strings and at waiting requests
 SCORE_ROWS = 4
 
 _CLOSED = "the engine is closed; make a new one with jaxinfer.init_inference"
 
 Prompt = str | Sequence[int]
 Progress = Callable[[int, int, str], None]
-
-
-def bucket(size: int, smallest: int, largest: int) -> int:
-    """The power of two times `smallest` that holds `size`, at most `largest`."""
-    out = smallest
-    while out < size:
-        out *= 2
-    return min(out, largest)
 
 
 def _as_list(prompt) -> Sequence[Any]:
@@ -72,8 +71,8 @@ class Engine:
         dtype = cache_dtype(config.kv_cache.dtype or config.dtype or "float32")
         self.eos_ids = tuple(dict.fromkeys((*eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
         self._programs: Programs | None = Programs(placed, cache_dtype=dtype)
-        self._resting: tuple[tuple[int, int], State] | None = None  # a state that no request uses, and its sizes
-        self._lock = threading.Lock()
+        self._slots = Slots(self._programs, placed.plan, config, lambda: self.params, data=self.data_shards)
+        self._scheduler = Scheduler(self._slots)
 
     @property
     def params(self) -> DecoderWeights:
@@ -85,9 +84,21 @@ class Engine:
     def stages(self) -> int:
         return self.plan.context.stages
 
+    @property
+    def data_shards(self) -> int:
+        return self.mesh.shape[DATA]
+
     def close(self) -> None:
-        """Give weights, caches and programs back. Later calls raise EngineStateError."""
-        self._params, self._programs, self._resting = None, None, None
+        """End what runs, and give weights, caches and programs back. Later calls, and requests that ran, raise EngineStateError."""
+        self._scheduler.close(_CLOSED)
+        self._slots.drop()
+        self._params, self._programs = None, None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
 
     def _running(self) -> Programs:
         if self._programs is None:
@@ -100,24 +111,25 @@ class Engine:
         """Read prompts and choose their first tokens.
 
         tokens: int32 [rows, T], padded on the right, T at most inference_max_tokens. lengths: int32 [rows]. sampling: arrays [rows].
-        top: alternatives to report (static). One program per (rows, T).
+        top: alternatives to report (static). One program per (rows, T). With D data shards the first rows / D rows are of the first one,
+        and so on.
         """
         return self._running().prefill(top)(params, tokens, lengths, sampling)
 
     def insert(self, prefix: Prefix, state: State, slots) -> State:
-        """Put the rows of a prefix into slots, int32 [rows]; -1 leaves a row out. `state` is donated."""
+        """Put the rows of a prefix into slots, int32 [rows], counted within the row's data shard; -1 leaves one out. `state` is donated."""
         return self._running().insert()(prefix, state, slots)
 
     def decode(self, params: DecoderWeights, state: State, steps, *, top: int = 0) -> tuple[State, Emitted]:
         """Up to `steps` tokens (an array: one program for any number) for every active slot. `state` is donated."""
         return self._running().decode(top)(params, state, np.int32(steps))
 
-    def free(self, state: State, slot: int) -> State:
-        """Stop the sequence in a slot. `state` is donated."""
-        return self._running().free()(state, np.int32(slot))
+    def free(self, state: State, slots) -> State:
+        """Stop the sequence in a slot: an int, or with D data shards int32 [D], -1 where a shard stops none. `state` is donated."""
+        return self._running().free()(state, np.atleast_1d(np.asarray(slots, np.int32)))
 
     def init_state(self, batch: int, tokens: int | None = None) -> State:
-        """A state of `batch` sequences per micro-batch, so batch * stages slots, all free, each with room for `tokens` tokens.
+        """A state of `batch` sequences per micro-batch and data shard, so batch * stages slots a shard, all free, each of `tokens` tokens.
 
         tokens: inference_max_tokens by default. Fewer are faster: attention reads a whole row and masks what is not there yet.
         """
@@ -136,33 +148,133 @@ class Engine:
     ) -> list[GenerationResult] | GenerationResult:
         """Generate for one prompt or a list; strings or token ids. A list gives a list of results in its order.
 
-        params: one for all, or one each. Raises PromptError, TokenLimitError, SamplingParamsError before anything is compiled.
+        params: one for all, or one each. Calls from several threads share the slots. Ctrl-C ends the call and its requests, and leaves the
+        engine usable. Raises PromptError, TokenLimitError, SamplingParamsError before anything is compiled.
         """
         single, requests = self._requests(prompts, params)
-        for _ in self._run(requests, every=None):
-            pass
+        arrived: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
+        tickets = [Ticket(request=request, deliver=arrived.put) for request in requests]
+        try:
+            self._scheduler.submit(tickets)
+            for _ in tickets:
+                _delta(arrived.get())
+        finally:
+            self._scheduler.cancel(tickets)
         results = [request.result() for request in requests]
         return results[0] if single else results
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, every: int = 1) -> Iterator[Delta]:
         """Generate for one prompt and give text as it becomes final: whole characters, nothing that a stop string would cut.
 
-        every: tokens decoded between two pieces.
+        every: tokens decoded between two pieces, at most. Closing the iterator ends the request.
         """
-        if every < 1:
-            raise ConfigError(f"every is {every}; give at least 1 token")
+        ticket, arrived = self._ticket(prompt, params, every), queue.SimpleQueue[Delta | BaseException]()
+        ticket.deliver = arrived.put
+        return self._pieces(ticket, arrived)
+
+    def _pieces(self, ticket: Ticket, arrived: "queue.SimpleQueue[Delta | BaseException]") -> Iterator[Delta]:
+        try:
+            self._scheduler.submit([ticket])
+            delta = None
+            while delta is None or delta.result is None:
+                delta = _delta(arrived.get())
+                yield delta
+        finally:
+            self._scheduler.cancel([ticket])
+
+    async def agenerate(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> list[GenerationResult] | GenerationResult:
+        """`generate` for asyncio: many calls run side by side in the engine's slots. Cancelling the task ends its requests."""
+        single, requests = self._requests(prompts, params)
+        deliver, arrived = _mailbox()
+        tickets = [Ticket(request=request, deliver=deliver) for request in requests]
+        try:
+            self._scheduler.submit(tickets)
+            for _ in tickets:
+                _delta(await arrived.get())
+        finally:
+            self._scheduler.cancel(tickets)
+        results = [request.result() for request in requests]
+        return results[0] if single else results
+
+    def astream(self, prompt: Prompt, params: SamplingParams | None = None, *, every: int = 1) -> AsyncIterator[Delta]:
+        """`stream` for asyncio. Leaving the loop over it, or cancelling the task, ends the request."""
+        return self._apieces(self._ticket(prompt, params, every))
+
+    async def _apieces(self, ticket: Ticket) -> AsyncIterator[Delta]:
+        ticket.deliver, arrived = _mailbox()
+        try:
+            self._scheduler.submit([ticket])
+            delta = None
+            while delta is None or delta.result is None:
+                delta = _delta(await arrived.get())
+                yield delta
+        finally:
+            self._scheduler.cancel([ticket])
+
+    def _ticket(self, prompt: Prompt, params: SamplingParams | None, every: int) -> Ticket:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ConfigError(f"every is {every!r}; give at least 1 token")
         _, requests = self._requests([prompt], params)
-        return (delta for _, delta in self._run(requests, every=every))
+        return Ticket(request=requests[0], deliver=lambda _: None, every=every)
+
+    def chat_prompt(
+        self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
+    ) -> list[int]:
+        """Token ids of a conversation under the model's chat template, ready for the answer.
+
+        messages: dicts with "role" and "content", as OpenAI's. tools: JSON schemas of functions, for templates that know them.
+        Raises NoTokenizerError, NoChatTemplateError, ChatTemplateError.
+        """
+        if self.tokenizer is None:
+            raise NoTokenizerError(
+                "the checkpoint has no tokenizer, and messages are text; pass one to init_inference, or token ids"
+            )
+        return self.tokenizer.chat_prompt(messages, tools=tools)
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        params: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> GenerationResult:
+        """The model's answer to a conversation, see `chat_prompt`; to stream it: engine.stream(engine.chat_prompt(messages))."""
+        return self.generate([self.chat_prompt(messages, tools=tools)], params)[0]  # type: ignore[index]
+
+    def check(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> None:
+        """Raise what `generate` would refuse of these, without running anything."""
+        self._requests(prompts, params)
+
+    def update_params(self, model: Decoder | nnx.State | Mapping[str, Any]) -> None:
+        """Go on with other weights of the same shapes, between two turns of the device; nothing is compiled again.
+
+        model: a Decoder, its nnx.State, or {module path: array or QTensor}. Memory holds both until the new ones are in place. Requests
+        that are running go on with the new weights. Raises MissingTensorError or UnexpectedTensorError for other parameters, and
+        TensorShapeError for shapes or formats that are not those of the engine.
+        """
+        new = place(parameter_tensors(model, self.plan.config), self.mesh, config=self.plan.config).weights
+        kept = lambda weights: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
+        if kept(new) != kept(self.params):
+            raise TensorShapeError(["the new weights have other dtypes, or are quantised otherwise, than those of the engine"])
+        with self._scheduler.paused():
+            self._params = new
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[ScoreResult] | ScoreResult:
         """Log-probability of every token of the prompts given those before it."""
         single, ids = self._prompt_ids(prompts)
         results = []
         run = self._running().score()
-        for start in range(0, len(ids), SCORE_ROWS):
-            part = ids[start : start + SCORE_ROWS]
-            tokens, lengths = self._padded(part, bucket(len(part), 1, SCORE_ROWS), smallest=2)
-            scores: Scores = jax.device_get(run(self.params, tokens, lengths))
+        rows = SCORE_ROWS * self.data_shards
+        for start in range(0, len(ids), rows):
+            part = ids[start : start + rows]
+            many = bucket(-(-len(part) // self.data_shards), 1, SCORE_ROWS) * self.data_shards
+            tokens, lengths = padded(dict(enumerate(part)), many, lambda n: max(2, self._slots.prompt_bucket(n)))
+            with self._scheduler.paused():
+                scores: Scores = jax.device_get(run(self.params, tokens, lengths))
             for row, prompt in enumerate(part):
                 n = len(prompt)
                 logprobs, greedy = scores.logprobs[row, 1:n].tolist(), scores.greedy[row, 1:n].tolist()
@@ -251,100 +363,18 @@ class Engine:
             )
         return Request(prompt, params, limit=limit, stop_tokens=stops, tokenizer=self.tokenizer)
 
-    def _padded(self, prompts: Sequence[list[int]], rows: int, smallest: int = SMALLEST_BUCKET):
-        longest = max(len(p) for p in prompts)
-        width = bucket(longest, max(SMALLEST_BUCKET, smallest), max(self.config.inference_max_tokens, smallest))
-        tokens = np.zeros((rows, width), np.int32)
-        lengths = np.ones((rows,), np.int32)
-        for i, prompt in enumerate(prompts):
-            tokens[i, : len(prompt)] = prompt
-            lengths[i] = len(prompt)
-        return tokens, lengths
 
-    @contextlib.contextmanager
-    def _state(self, batch: int, tokens: int):
-        """A state to work with: the resting one where it fits. One that an exception leaves behind is not used again."""
-        with self._lock:
-            resting, self._resting = self._resting, None
-        if resting is None or resting[0] != (batch, tokens):
-            del resting  # before the new one is made
-            resting = (batch, tokens), self.init_state(batch, tokens)
-        holder = [resting[1]]
-        yield holder
-        with self._lock:
-            self._resting = (batch, tokens), holder[0]
-
-    def _run(self, requests: Sequence[Request], *, every: int | None) -> Iterator[tuple[Request, Delta]]:
-        """All requests to their ends, in as many slots as there are. every: tokens between looks, None for as many as possible."""
-        waiting = collections.deque(requests)
-        if not waiting:
-            return
-        top = max(r.params.logprobs or 0 for r in requests) and self.config.max_logprobs
-        batch = bucket(-(-len(waiting) // self.stages), 1, self.config.micro_batch_size)
-        # attention reads as much of a row as its cache can hold
-        tokens = bucket(max(len(r.prompt) + r.limit for r in requests), SMALLEST_CACHE, self.config.inference_max_tokens)
-        slots: dict[int, Request] = {}
-        with self._state(batch, tokens) as holder:
-            while waiting or slots:
-                free = [s for s in range(batch * self.stages) if s not in slots]
-                if waiting and free:
-                    entered, events = self._enter(waiting, free, holder, top)
-                    slots |= entered
-                    yield from events
-                if not slots:
-                    continue
-                steps = every or max(r.limit - len(r.token_ids) for r in slots.values())
-                if not every and (waiting or any(r.params.stop for r in slots.values())):
-                    steps = min(steps, STOP_CHECK_STEPS)
-                holder[0], emitted = self.decode(self.params, holder[0], steps, top=top)
-                emitted = jax.device_get(emitted)
-                for slot, request in list(slots.items()):
-                    m, b = divmod(slot, batch)
-                    count = int(emitted.counts[m, b])
-                    if not count:
-                        continue
-                    choices = jax.tree.map(lambda a, m=m, b=b, n=count: a[m, b, :n], emitted.choices)
-                    delta = request.push(choices.token.tolist(), _logprobs(choices, request))
-                    if request.finish_reason:
-                        if not emitted.done[m, b]:  # a stop string: the device does not know
-                            holder[0] = self.free(holder[0], slot)
-                        del slots[slot]
-                    yield request, delta
-
-    def _enter(self, waiting, free, holder, top):
-        """Prefill as many waiting requests as there are free slots, and put them there."""
-        start = time.perf_counter()
-        group = [waiting.popleft() for _ in range(min(len(waiting), len(free)))]
-        rows = bucket(len(group), 1, 1 << 30)
-        tokens, lengths = self._padded([r.prompt for r in group], rows)
-        stops = [r.stop_tokens for r in group]
-        sampling = SamplingArrays.of([r.params for r in group], [r.limit for r in group], stops, rows)
-        prefix = self.prefill(self.params, tokens, lengths, sampling, top=top)
-        first = jax.device_get(prefix.first)
-        slots = np.full((rows,), -1, np.int32)
-        entered, events = {}, []
-        for i, request in enumerate(group):
-            request.prefill_seconds = time.perf_counter() - start
-            choice = jax.tree.map(lambda a, i=i: a[i : i + 1], first)
-            events.append((request, request.push(choice.token.tolist(), _logprobs(choice, request))))
-            if not request.finish_reason:
-                slots[i] = free.pop(0)
-                entered[int(slots[i])] = request
-        if entered:
-            holder[0] = self.insert(prefix, holder[0], slots)
-        return entered, events
+def _delta(arrived: Delta | BaseException) -> Delta:
+    if isinstance(arrived, BaseException):
+        raise arrived
+    return arrived
 
 
-def _logprobs(choices, request: Request) -> list[TokenLogprob]:
-    """What a request reports of its choices, arrays [n] and [n, top]."""
-    wanted = request.params.logprobs
-    if wanted is None:
-        return []
-    return [
-        TokenLogprob(
-            token_id=int(token),
-            logprob=float(choices.logprob[i]),
-            top={int(t): float(p) for t, p in zip(choices.top_ids[i, :wanted], choices.top_logprobs[i, :wanted], strict=True)},
-        )
-        for i, token in enumerate(choices.token)
-    ]
+def _mailbox() -> tuple[Callable[[Delta | BaseException], None], "asyncio.Queue[Delta | BaseException]"]:
+    """(deliver, queue): what another thread delivers is in the queue of the running event loop."""
+    loop, arrived = asyncio.get_running_loop(), asyncio.Queue[Delta | BaseException]()
+
+    def deliver(item: Delta | BaseException) -> None:
+        loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+    return deliver, arrived

@@ -161,6 +161,18 @@ def empty_state(plan: Plan, *, batch: int, tokens: int, cache_dtype) -> State:
     )
 
 
+def grow(state: State, *, plan: Plan, batch: int, tokens: int, cache_dtype) -> State:
+    """The same sequences in a state of more sequences per micro-batch, or of more cached tokens; a slot keeps its place (m, b)."""
+    M, B = state.tokens.shape
+    by_slot = lambda tree, rows: jax.tree.map(lambda a: a.reshape(M, rows, *a.shape[1:]), tree)
+    corner = lambda whole, part: lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+    new = empty_state(plan, batch=batch, tokens=tokens, cache_dtype=cache_dtype)
+    caches = jax.tree.map(corner, by_slot(new.caches, batch), by_slot(state.caches, B))
+    flat = jax.tree.map(lambda a: a.reshape(M * batch, *a.shape[2:]), caches)
+    rest = jax.tree.map(corner, dataclasses.replace(new, caches=()), dataclasses.replace(state, caches=()))
+    return dataclasses.replace(rest, caches=flat)
+
+
 def _forget(state: State, micro_batch, row, plan: Plan):
     """`valid` without what is in flight for a slot: it belongs to the slot's former sequence."""
     M = plan.context.stages
@@ -201,10 +213,12 @@ def insert(prefix: Prefix, state: State, slots, *, plan: Plan) -> State:
     return state
 
 
-def free(state: State, slot, *, plan: Plan) -> State:
-    """Stop the sequence in a slot, int32 scalar."""
+def free(state: State, slots, *, plan: Plan) -> State:
+    """Stop the sequence in a slot, int32 [1]; -1 stops none."""
+    slot, keep = jnp.maximum(slots[0], 0), slots[0] >= 0
     m, b = slot // state.tokens.shape[1], slot % state.tokens.shape[1]
-    return dataclasses.replace(state, active=state.active.at[m, b].set(False), valid=_forget(state, m, b, plan))
+    active = state.active.at[m, b].set(state.active[m, b] & ~keep)
+    return dataclasses.replace(state, active=active, valid=jnp.where(keep, _forget(state, m, b, plan), state.valid))
 
 
 def decode(weights, state: State, steps, *, plan: Plan, top: int) -> tuple[State, Emitted]:
@@ -222,7 +236,10 @@ def decode(weights, state: State, steps, *, plan: Plan, top: int) -> tuple[State
 
     def more(carry):
         n, state, _ = carry
-        return (n < ticks) & jnp.any(state.active)
+        going = jnp.any(state.active)
+        if plan.context.data:  # every shard runs as many ticks as the longest: one count of them serves all
+            going = plan.context.max_over_data(going.astype(jnp.int32)) > 0
+        return (n < ticks) & going
 
     def body(carry):
         n, state, emitted = carry

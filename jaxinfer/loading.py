@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from jaxinfer.errors import EXPECTED, CheckpointNotFoundError, NativeFormatError
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder, parameters
 from jaxinfer.models.families import Family, find_family
+from jaxinfer.placement import InMemory, module_tensors
 from jaxinfer.quantization import stored_as
 
 DEMO = "demo"
@@ -75,14 +77,30 @@ def open_source(source: str | Path, progress: Progress | None = None) -> Source:
         except (TypeError, KeyError, ValueError) as e:
             raise NativeFormatError(f"{path}: the stored ModelConfig is not understood ({e}); convert the model again") from e
         expected = {name: info.shape for name, info in parameters(config).items()}
-        names = {re.sub(r"\.\d+\.", ".{i}.", path) for path in expected}
-        tensors = bind([Rule(name, name) for name in names], checkpoint.tensors, expected)
+        tensors = _bind_as_named(checkpoint.tensors, expected)
     else:
         family = find_family(checkpoint.config)
         config = _family_config(family, checkpoint)
         expected = {name: info.shape for name, info in parameters(config).items()}
         tensors = bind(family.rules(config), checkpoint.tensors, expected, family.ignored(config))
     return Source(path=path, format=checkpoint.format, config=config, tensors=tensors, assets=checkpoint.assets)
+
+
+def _bind_as_named(tensors: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+    """Tensors that have the names of module paths already. Raises CheckpointMismatchError."""
+    names = {re.sub(r"\.\d+\.", ".{i}.", path) for path in expected}
+    return bind([Rule(name, name) for name in names], tensors, expected)
+
+
+def parameter_tensors(model: Decoder | nnx.State | Mapping[str, Any], config: ModelConfig) -> dict[str, InMemory]:
+    """Every parameter by its path, of a module, of its state, or of {path: array or QTensor}. Raises CheckpointMismatchError."""
+    if isinstance(model, Decoder):
+        given = module_tensors(model)
+    elif isinstance(model, nnx.State):
+        given = {".".join(map(str, path)): InMemory(p.get_value()) for path, p in nnx.to_flat_state(model)}
+    else:
+        given = {path: InMemory(value) for path, value in model.items()}
+    return _bind_as_named(given, {name: info.shape for name, info in parameters(config).items()})
 
 
 def _family_config(family: Family, checkpoint: Checkpoint) -> ModelConfig:

@@ -13,14 +13,15 @@ from jax.sharding import PartitionSpec as P
 from jaxinfer import generation
 from jaxinfer.generation import Prefix, State
 from jaxinfer.placement import Placed, local_layers
-from sharding.rules import STAGE, TENSOR_AXES
+from sharding.rules import DATA, STAGE, TENSOR_AXES
 
-# Prefix trees of partition specs. Rows of a cache are split over stages, its heads over tensor shards; what waits at a stage's door is
-# the stage's own; all else is the same everywhere.
-CACHE = P(STAGE, TENSOR_AXES)
-_OWN: dict[str, Any] = {"caches": CACHE, "hidden": P(STAGE), "valid": P(STAGE)}
-STATE = State(**{name: _OWN.get(name, P()) for name in State.__dataclass_fields__})
-PREFIX = Prefix(**{name: _OWN.get(name, P()) for name in Prefix.__dataclass_fields__})
+# Prefix trees of partition specs. Sequences are split over data shards. Rows of a cache are split over stages too, its heads over tensor
+# shards; what waits at a stage's door is the stage's own.
+ROWS, SLOTS = P(DATA), P(None, DATA)  # of arrays [B, ...] and [M, B, ...]
+CACHE = P((STAGE, DATA), TENSOR_AXES)
+_OWN: dict[str, Any] = {"caches": CACHE, "hidden": P((STAGE, DATA)), "valid": P((STAGE, DATA)), "tick": P()}
+STATE = State(**{name: _OWN.get(name, SLOTS) for name in State.__dataclass_fields__})
+PREFIX = Prefix(**{name: _OWN.get(name, ROWS) for name in Prefix.__dataclass_fields__})
 
 
 def _once(build: Callable) -> Callable:
@@ -56,31 +57,37 @@ class Programs:
     def prefill(self, top: int):
         """(weights, tokens [B, T], lengths [B], sampling) -> Prefix."""
         run = self._model(generation.prefill, cache_dtype=self.cache_dtype, top=top)
-        return self._jit(run, (self.weights, P(), P(), P()), PREFIX)
+        return self._jit(run, (self.weights, ROWS, ROWS, ROWS), PREFIX)
 
     @_once
     def insert(self):
-        """(Prefix, State, slots [B]) -> State, donated."""
-        return self._jit(functools.partial(generation.insert, plan=self.plan), (PREFIX, STATE, P()), STATE, donate=1)
+        """(Prefix, State, slots [B], each counted within its data shard) -> State, donated."""
+        return self._jit(functools.partial(generation.insert, plan=self.plan), (PREFIX, STATE, ROWS), STATE, donate=1)
 
     @_once
     def decode(self, top: int):
         """(weights, State, steps) -> (State, Emitted); the state is donated."""
         run = self._model(generation.decode, top=top)
-        return self._jit(run, (self.weights, STATE, P()), (STATE, P()), donate=1)
+        return self._jit(run, (self.weights, STATE, P()), (STATE, SLOTS), donate=1)
 
     @_once
     def free(self):
-        """(State, slot) -> State, donated."""
-        return self._jit(functools.partial(generation.free, plan=self.plan), (STATE, P()), STATE, donate=0)
+        """(State, slots [1] of each data shard) -> State, donated."""
+        return self._jit(functools.partial(generation.free, plan=self.plan), (STATE, ROWS), STATE, donate=0)
 
     @_once
     def state(self, batch: int, tokens: int):
-        """() -> an empty State of `batch` sequences per micro-batch, each of at most `tokens` tokens."""
+        """() -> an empty State of `batch` sequences per micro-batch and data shard, each of at most `tokens` tokens."""
         make = functools.partial(generation.empty_state, self.plan, batch=batch, tokens=tokens, cache_dtype=self.cache_dtype)
         return self._jit(make, (), STATE)
 
     @_once
+    def grow(self, batch: int, tokens: int):
+        """State -> a State of `batch` sequences per micro-batch and data shard, of `tokens` tokens each, with the same sequences."""
+        make = functools.partial(generation.grow, plan=self.plan, batch=batch, tokens=tokens, cache_dtype=self.cache_dtype)
+        return self._jit(make, (STATE,), STATE)
+
+    @_once
     def score(self):
         """(weights, tokens [B, T], lengths [B]) -> Scores."""
-        return self._jit(self._model(generation.score), (self.weights, P(), P()), P())
+        return self._jit(self._model(generation.score), (self.weights, ROWS, ROWS), ROWS)

@@ -78,17 +78,17 @@ class Expected:
         return {name: n for name, n in named.items() if n}
 
 
-def expected_decode(*, slots: int, stages: int, tensor: int) -> Expected:
+def expected_decode(*, slots: int, stages: int, tensor: int, data: int = 1) -> Expected:
     """What a decode program must have, and no more.
 
-    slots: layers of the longest stage. stages, tensor: sizes of the mesh's axes. Per tick: two all-reduces a layer under tensor
+    slots: layers of the longest stage. stages, tensor, data: sizes of the mesh's axes. Per tick: two all-reduces a layer under tensor
     parallelism; where the vocabulary is split one for the embedding, two for the greedy token (largest logit, lowest id), two for
     log-probabilities if asked for, and one all-gather of the logits if any token is drawn; with a pipeline one all-reduce of the
-    last stage's output and one permute.
+    last stage's output and one permute; under a data axis one of a scalar, whether any shard goes on.
     """
     split_vocab, split_layers, pipeline = stages * tensor > 1, tensor > 1, stages > 1
     return Expected(
-        all_reduce=5 * split_vocab + 2 * slots * split_layers + pipeline,
+        all_reduce=5 * split_vocab + 2 * slots * split_layers + pipeline + (data > 1),
         all_gather=int(split_vocab),
         collective_permute=int(pipeline),
     )

@@ -54,6 +54,11 @@ class ParallelContext:
         """Largest value over the tensor shards: scales of activations that are split."""
         return lax.pmax(x, self.tensor) if self.tensor else x
 
+    # --- rows, split over data shards
+    def max_over_data(self, x):
+        """Largest value over the data shards."""
+        return lax.pmax(x, self.data) if self.data else x
+
     # --- the vocabulary, split over stages and tensor shards
     @property
     def vocab(self) -> tuple[str, ...]:

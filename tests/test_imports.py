@@ -27,9 +27,9 @@ ROWS = [
     {"placement"},
     {"quantization"},
     {"generation", "loading", "memory", "requests"},
-    {"programs"},
+    {"programs", "scheduler"},
+    {"slots"},
     {"engine"},
-    {"scheduler"},
     {"api", "planning"},
     {"cli", "server", "__main__"},
 ]

@@ -10,7 +10,9 @@ import pytest
 from tiny_llama import GREEDY, NEW, PROMPTS, SAMPLED, TinyModel, tokens_of
 
 import jaxinfer
-from jaxinfer import SamplingParams
+from jaxinfer import EngineConfig, SamplingParams
+from jaxinfer.engine import Engine
+from sharding.mesh import make_mesh
 
 QUICK = [(2, 1), (3, 1), (1, 2), (2, 2)]
 MANY = [(4, 1), (8, 1), (1, 3), (3, 2), (2, 3), (4, 2)]
@@ -25,6 +27,24 @@ def test_generate(make_engine, greedy, sampled, tp: int, pp: int) -> None:
     params = [GREEDY, SAMPLED[0], SAMPLED[2], GREEDY, SAMPLED[6], GREEDY, SAMPLED[5], GREEDY]
     expected = [greedy[1], sampled[0], sampled[2], greedy[3], sampled[6], greedy[2], sampled[5], greedy[0]]
     assert tokens_of(engine.generate(prompts, params)) == expected
+
+
+@pytest.mark.parametrize(
+    ("data", "tp", "pp"), [(2, 1, 1), *(pytest.param(*s, marks=pytest.mark.slow) for s in [(2, 2, 1), (2, 2, 2), (3, 1, 2)])]
+)
+def test_data_shards(tiny_decoder, greedy, sampled, data: int, tp: int, pp: int) -> None:
+    """Sequences spread over data shards, more than there are slots, and prompts that are scored."""
+    config = EngineConfig(inference_max_tokens=64, micro_batch_size=2)
+    engine = Engine(jaxinfer.place(tiny_decoder, make_mesh(data=data, tensor=tp, stage=pp)), config)
+    order = [1, 0, 2, 3, 6, 2, 5, 0, 4, 4, 6, 3, 1]
+    assert tokens_of(engine.generate([PROMPTS[i] for i in order], [SAMPLED[i] for i in order])) == [sampled[i] for i in order]
+    assert tokens_of(engine.generate([PROMPTS[i] for i in order[:5]], GREEDY)) == [greedy[i] for i in order[:5]]
+    assert [token for delta in engine.stream(PROMPTS[1], GREEDY) for token in delta.token_ids] == greedy[1]
+    params = SamplingParams(max_tokens=NEW, logprobs=0)
+    for result, score in zip(engine.generate(PROMPTS, params), engine.score(PROMPTS), strict=True):
+        assert result.token_ids[0] in range(97) and score.token_ids == result.prompt_token_ids
+        again = engine.score(result.prompt_token_ids + result.token_ids).logprobs[len(score.token_ids) :]
+        assert again == pytest.approx([token.logprob for token in result.logprobs], abs=1e-4)
 
 
 @pytest.mark.slow

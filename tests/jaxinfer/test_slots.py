@@ -107,7 +107,7 @@ def test_state_is_donated(engine) -> None:
 def test_an_engine_keeps_one_state(engine, greedy) -> None:
     """Work of the same size goes on in the arrays of the last one."""
     engine.generate(PROMPTS[1], GREEDY)
-    where = lambda: [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(engine._resting[1].caches)]
+    where = lambda: [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(engine._slots.state.caches)]
     before = where()
     assert engine.generate(PROMPTS[1], GREEDY).token_ids == greedy[1]
     assert where() == before

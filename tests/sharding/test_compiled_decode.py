@@ -63,7 +63,8 @@ def large_shapes(*trees) -> set[tuple[int, ...]]:
 
 def check(placed: Placed, text: str, state) -> None:
     plan, shape = placed.plan, placed.mesh.shape
-    expected = expected_decode(slots=plan.slots, stages=shape["stage"], tensor=shape["tensor"] * shape["tensor_hosts"])
+    tensor = shape["tensor"] * shape["tensor_hosts"]
+    expected = expected_decode(slots=plan.slots, stages=shape["stage"], tensor=tensor, data=shape["data"])
     assert collectives(text) == expected.by_name()
     assert copies(text, large_shapes(placed.weights, state.caches)) == []
 
@@ -74,6 +75,13 @@ def check(placed: Placed, text: str, state) -> None:
 )
 def test_on_cpu_devices(stage, tensor, quantized):
     placed = place(decoder(quantized), make_mesh(stage=stage, tensor=tensor))
+    program, state = lowered(placed, batch=2)
+    check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.parametrize(("data", "stage", "tensor"), [(2, 2, 2)])
+def test_with_data_shards(data, stage, tensor):
+    placed = place(decoder(False), make_mesh(data=data, stage=stage, tensor=tensor))
     program, state = lowered(placed, batch=2)
     check(placed, program.compile().as_text(), state)
 

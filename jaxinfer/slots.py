@@ -1,0 +1,188 @@
+"""The slots of an engine: the state on the devices, and how requests get into it and tokens out of it.
+
+Shapes are few, so that programs are: prompts are padded to a power of two tokens, batches to a power of two rows, caches to a power of
+two tokens or one and a half of it, and one decode program serves every number of steps.
+"""
+
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from jaxinfer.config import EngineConfig
+from jaxinfer.generation import State
+from jaxinfer.models.decoder import DecoderWeights
+from jaxinfer.placement import Plan
+from jaxinfer.programs import Programs
+from jaxinfer.requests import Request, TokenLogprob
+from jaxinfer.sampling import SamplingArrays
+from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.scheduler import Emission
+
+SMALLEST_BUCKET = 16  # tokens of a prompt
+SMALLEST_CACHE = 128  # tokens of a cache row
+
+# Two programs with collectives, started by two threads on the same devices, could wait for each other for ever.
+COLLECTIVES = threading.Lock()
+
+
+def bucket(size: int, smallest: int, largest: int) -> int:
+    """The power of two times `smallest` that holds `size`, at most `largest`."""
+    out = smallest
+    while out < size:
+        out *= 2
+    return min(out, largest)
+
+
+def cache_bucket(size: int, largest: int) -> int:
+    """Like `bucket` with steps half as wide: attention reads as much of a row as its cache can hold."""
+    out = bucket(size, SMALLEST_CACHE, largest)
+    between = out // 4 * 3
+    return between if size <= between and out > SMALLEST_CACHE else out
+
+
+class Slot(NamedTuple):
+    """A place for a sequence: its micro-batch, its data shard, its row there. It stays the same when the state grows."""
+
+    micro_batch: int
+    shard: int
+    row: int
+
+
+class Slots:
+    """One state, made for the requests at hand, and made larger when more come while some run.
+
+    params: the weights at the time of a call. data: shards of the batch.
+    """
+
+    def __init__(
+        self, programs: Programs, plan: Plan, config: EngineConfig, params: Callable[[], DecoderWeights], *, data: int
+    ):
+        self.programs, self.plan, self.config, self._params, self._data = programs, plan, config, params, data
+        self.state: State | None = None
+        self.batch, self.tokens = 0, 0  # sequences per micro-batch and data shard; tokens of each
+        self._sharded = data * plan.context.stages > 1 or bool(plan.context.tensor)
+
+    @property
+    def capacity(self) -> int:
+        return self.config.micro_batch_size * self.plan.context.stages * self._data
+
+    def fit(self, running: Sequence[Request], entering: Sequence[Request]) -> None:
+        most, longest = self.config.micro_batch_size, self.config.inference_max_tokens
+        requests = [*running, *entering]
+        tokens = cache_bucket(max(len(r.prompt) + r.limit for r in requests), longest)
+        batch = bucket(-(-len(requests) // (self.plan.context.stages * self._data)), 1, most)
+        if self.config.batch_invariant:
+            batch, tokens = most, longest  # the shapes of a sequence's arithmetic do not depend on others
+        if not running:
+            if self.state is None or (batch, tokens) != (self.batch, self.tokens):
+                self.drop()  # before the new one is made
+                self.state = self._run(self.programs.state(batch, tokens))
+                self.batch, self.tokens = batch, tokens
+        elif batch > self.batch or tokens > self.tokens:
+            # to the whole width at once: who comes while others run is seldom the last one, and every size is a program
+            batch, tokens = most if batch > self.batch else self.batch, max(tokens, self.tokens)
+            self.state = self._run(self.programs.grow(batch, tokens), self.state)
+            self.batch, self.tokens = batch, tokens
+
+    def free_slots(self, taken: Sequence[Slot]) -> list[Slot]:
+        M, used = self.plan.context.stages, set(taken)
+        every = (Slot(m, d, row) for row in range(self.batch) for m in range(M) for d in range(self._data))
+        return [slot for slot in every if slot not in used]
+
+    def group(self, waiting: Sequence[Request], slots: Sequence[Slot]) -> int:
+        """Neighbours in the queue whose prompts are padded to the same size, or one at a time where the batch must not matter."""
+        if self.config.batch_invariant:
+            return 1
+        widths = [self.prompt_bucket(len(r.prompt)) for r in waiting[: len(slots)]]
+        return next((i for i, width in enumerate(widths) if width != widths[0]), len(widths))
+
+    def prompt_bucket(self, tokens: int) -> int:
+        return bucket(tokens, SMALLEST_BUCKET, self.config.inference_max_tokens)
+
+    def enter(self, requests: Mapping[Slot, Request]) -> Mapping[Slot, Emission]:
+        by_shard: list[list[Slot]] = [[s for s in requests if s.shard == d] for d in range(self._data)]
+        rows = bucket(max(map(len, by_shard)), 1, 1 << 30)  # of each shard
+        place = {slot: d * rows + i for d, own in enumerate(by_shard) for i, slot in enumerate(own)}
+        tokens, lengths = padded({place[s]: r.prompt for s, r in requests.items()}, rows * self._data, self.prompt_bucket)
+        numbers = np.full((rows * self._data,), -1, np.int32)
+        by_row: list[Request | None] = [None] * (rows * self._data)
+        for slot, request in requests.items():
+            numbers[place[slot]], by_row[place[slot]] = self._number(slot), request
+        sampling = SamplingArrays.of(
+            [r.params if r else SamplingParams() for r in by_row],
+            [r.limit if r else 0 for r in by_row],
+            [r.stop_tokens if r else () for r in by_row],
+            len(by_row),
+        )
+        top = self._top(requests.values())
+        prefix = self._run(self.programs.prefill(top), self._params(), tokens, lengths, sampling)
+        self.state = self._run(self.programs.insert(), prefix, self.state, numbers)
+        first = jax.device_get(prefix.first)
+        out = {}
+        for slot, request in requests.items():
+            choice = jax.tree.map(lambda a, i=place[slot]: a[i : i + 1], first)
+            ended = request.limit <= 1 or int(choice.token[0]) in request.stop_tokens
+            out[slot] = Emission(tokens=choice.token.tolist(), logprobs=_logprobs(choice, request), ended=ended)
+        return out
+
+    def decode(self, running: Mapping[Slot, Request], steps: int) -> Mapping[Slot, Emission]:
+        top = self._top(running.values())
+        self.state, emitted = self._run(self.programs.decode(top), self._params(), self.state, np.int32(steps))
+        emitted = jax.device_get(emitted)
+        out = {}
+        for slot, request in running.items():
+            m, b = slot.micro_batch, slot.shard * self.batch + slot.row
+            choices = jax.tree.map(lambda a, m=m, b=b: a[m, b, : emitted.counts[m, b]], emitted.choices)
+            ended = bool(emitted.done[m, b])
+            out[slot] = Emission(tokens=choices.token.tolist(), logprobs=_logprobs(choices, request), ended=ended)
+        return out
+
+    def free(self, slot: Slot) -> None:
+        numbers = np.full((self._data,), -1, np.int32)
+        numbers[slot.shard] = self._number(slot)
+        self.state = self._run(self.programs.free(), self.state, numbers)
+
+    def drop(self) -> None:
+        self.state, self.batch, self.tokens = None, 0, 0
+
+    def _number(self, slot: Slot) -> int:
+        """Of a slot among those of its data shard, as the programs count them."""
+        return slot.micro_batch * self.batch + slot.row
+
+    def _top(self, requests) -> int:
+        """Alternatives that the program reports: none, or as many as any request may ask for."""
+        return self.config.max_logprobs if any(r.params.logprobs for r in requests) else 0
+
+    def _run(self, program: Callable, *arguments):
+        if not self._sharded:
+            return program(*arguments)
+        with COLLECTIVES:
+            return jax.block_until_ready(program(*arguments))
+
+
+def padded(prompts: Mapping[int, Sequence[int]], rows: int, width: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
+    """Prompts by row -> ids int32 [rows, width of the longest], padded on the right, and lengths int32 [rows], 1 for an unused row."""
+    tokens = np.zeros((rows, width(max(map(len, prompts.values())))), np.int32)
+    lengths = np.ones((rows,), np.int32)
+    for row, prompt in prompts.items():
+        tokens[row, : len(prompt)] = prompt
+        lengths[row] = len(prompt)
+    return tokens, lengths
+
+
+def _logprobs(choices, request: Request) -> list[TokenLogprob]:
+    """What a request reports of its choices, arrays [n] and [n, top]."""
+    wanted = request.params.logprobs
+    if wanted is None:
+        return []
+    return [
+        TokenLogprob(
+            token_id=int(token),
+            logprob=float(choices.logprob[i]),
+            top={int(t): float(p) for t, p in zip(choices.top_ids[i, :wanted], choices.top_logprobs[i, :wanted], strict=True)},
+        )
+        for i, token in enumerate(choices.token)
+    ]

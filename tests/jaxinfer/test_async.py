@@ -1,0 +1,170 @@
+"""Calls side by side: asyncio, threads, cancelling, Ctrl-C, other weights while requests run."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from tiny_llama import GREEDY, NEW, PROMPTS, SAMPLED, tokens_of
+
+import jaxinfer
+from jaxinfer import SamplingParams
+from jaxinfer.errors import ConfigError, EngineStateError, MissingTensorError, PromptError, TensorShapeError
+from jaxinfer.placement import module_tensors
+
+
+def idle(engine: jaxinfer.Engine) -> bool:
+    """Waits for the scheduler's thread to end; whether no request and no slot is left."""
+    deadline = time.monotonic() + 20
+    while engine._scheduler._thread is not None and time.monotonic() < deadline:
+        time.sleep(0.005)
+    state = engine._slots.state
+    return engine._scheduler.load == (0, 0) and (state is None or not np.asarray(state.active).any())
+
+
+def storm(engine: jaxinfer.Engine, greedy, sampled, calls: int) -> None:
+    """Many calls at once with mixed parameters, a third of them cancelled at random moments: the others get what they get alone."""
+
+    async def one(i: int, rng: random.Random) -> None:
+        which = rng.randrange(len(PROMPTS))
+        await asyncio.sleep(rng.random() * 0.2)
+        if rng.random() < 0.5:
+            assert (await engine.agenerate(PROMPTS[which], SAMPLED[which])).token_ids == sampled[which]
+        else:
+            tokens: list[int] = []
+            async for delta in engine.astream(PROMPTS[which], GREEDY, every=rng.choice([1, 4])):
+                tokens += delta.token_ids
+            assert tokens == greedy[which]
+
+    async def all_of_them() -> tuple[int, int]:
+        rng = random.Random(5)
+        tasks = [asyncio.create_task(one(i, random.Random(i))) for i in range(calls)]
+        for task in rng.sample(tasks, calls // 3):
+            await asyncio.sleep(rng.random() * 0.02)
+            task.cancel()
+        ends = await asyncio.gather(*tasks, return_exceptions=True)
+        wrong = [e for e in ends if e is not None and not isinstance(e, asyncio.CancelledError)]
+        assert not wrong, wrong[0]
+        return sum(e is None for e in ends), len(ends)
+
+    served, asked = asyncio.run(all_of_them())
+    assert served >= asked - asked // 3
+    assert idle(engine)
+    assert tokens_of(engine.generate(PROMPTS[:3], GREEDY)) == greedy[:3]
+
+
+def test_two_hundred_calls(engine, greedy, sampled) -> None:
+    storm(engine, greedy, sampled, 200)
+
+
+@pytest.mark.slow
+def test_two_hundred_calls_on_a_mesh(make_engine, greedy, sampled) -> None:
+    storm(make_engine(tp=2, pp=2), greedy, sampled, 200)
+
+
+def test_refusals_come_first(engine) -> None:
+    async def refused() -> None:
+        with pytest.raises(PromptError):
+            await engine.agenerate([])
+        with pytest.raises(PromptError):
+            engine.astream("text")  # when it is called, not when it is read
+        with pytest.raises(ConfigError):
+            engine.astream(PROMPTS[0], every=0)
+
+    asyncio.run(refused())
+    with pytest.raises(PromptError):
+        engine.check([[]])
+    engine.check(PROMPTS, SAMPLED)
+
+
+def test_ctrl_c(make_engine, greedy) -> None:
+    """SIGINT in the middle of a long generation: the call ends, its slots are free, and the engine goes on."""
+    engine = make_engine(inference_max_tokens=4096)
+    engine.generate(PROMPTS[:3], SamplingParams(max_tokens=2))
+    threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        while True:
+            engine.generate(PROMPTS[:3], SamplingParams(max_tokens=4000))
+    assert engine.generate(PROMPTS[1], GREEDY).token_ids == greedy[1]
+    assert idle(engine)
+
+
+def test_two_engines_in_two_threads(engine, make_engine, greedy, sampled) -> None:
+    """On the same devices, both with collectives."""
+    engines = [engine, make_engine(tp=2), make_engine(tp=2, pp=2)]
+    said: dict[int, list] = {}
+
+    def work(i: int) -> None:
+        said[i] = [tokens_of(engines[i].generate(PROMPTS[:3], params)) for params in (GREEDY, SAMPLED[:3]) for _ in range(2)]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(len(engines))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = [greedy[:3]] * 2 + [sampled[:3]] * 2
+    assert [said[i] for i in range(len(engines))] == [expected] * len(engines)
+
+
+def test_other_weights(tiny, tiny_decoder, compiled, greedy) -> None:
+    """update_params changes what is said, without compiling; what does not fit is refused and changes nothing."""
+    engine = jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 64, "micro_batch_size": 4})
+    assert engine.generate(PROMPTS[1], GREEDY).token_ids == greedy[1]
+    _, state = nnx.split(tiny_decoder, nnx.Param)
+    turned = jax.tree.map(lambda a: a[::-1] if a.shape[0] == 97 else a, state)  # the vocabulary upside down
+    compiled.clear()
+    engine.update_params(turned)
+    other = engine.generate([96 - t for t in PROMPTS[1]], GREEDY).token_ids
+    assert other == [96 - t for t in greedy[1]]
+    assert not [name for name in compiled if "lambda" in name]
+    values = {path: tensor.value for path, tensor in module_tensors(tiny_decoder).items()}
+    with pytest.raises(MissingTensorError):
+        engine.update_params({path: value for path, value in values.items() if path != "norm"})
+    with pytest.raises(TensorShapeError):
+        engine.update_params(values | {"norm": values["norm"][:-1]})
+    with pytest.raises(TensorShapeError, match="dtype"):
+        engine.update_params(jax.tree.map(lambda a: a.astype("bfloat16"), values))
+    assert engine.generate([96 - t for t in PROMPTS[1]], GREEDY).token_ids == other
+    engine.update_params(tiny_decoder)
+    assert engine.generate(PROMPTS[1], GREEDY).token_ids == greedy[1]
+    engine.close()
+
+
+def test_close_ends_what_runs(tiny) -> None:
+    engine = jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 4096, "micro_batch_size": 2})
+    stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=4000))
+    next(stream)
+    engine.close()
+    with pytest.raises(EngineStateError, match="closed"):
+        for _ in stream:
+            pass
+    for call in (lambda: engine.generate(PROMPTS[0]), lambda: engine.score(PROMPTS[1]), lambda: engine.params):
+        with pytest.raises(EngineStateError, match="closed"):
+            call()
+    with jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 64}) as other:
+        other.generate(PROMPTS[0], GREEDY)
+    with pytest.raises(EngineStateError):
+        other.generate(PROMPTS[0])
+
+
+@pytest.mark.parametrize("pp", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_growing_while_others_run(make_engine, greedy, pp: int) -> None:
+    """A stream goes on undisturbed while the state grows under it, in rows and in tokens."""
+    engine = make_engine(inference_max_tokens=512, pp=pp)
+    engine.generate(PROMPTS[1], SamplingParams(max_tokens=2))
+    assert (engine._slots.batch, engine._slots.tokens) == (1, 128)
+    stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=100))
+    tokens = next(stream).token_ids
+    results = engine.generate([PROMPTS[i % 7] for i in range(4 * pp)], SamplingParams(max_tokens=200))
+    assert (engine._slots.batch, engine._slots.tokens) == (4, 256)
+    tokens += [token for delta in stream for token in delta.token_ids]
+    assert tokens == results[0].token_ids[:100] and tokens[:NEW] == greedy[0]
+    assert [r.token_ids[:NEW] for r in results[:4]] == greedy[:4]
