@@ -3,11 +3,15 @@
     register("rms_norm", "mine", my_function, supports=lambda target, facts: target.platform == "gpu", priority=50)
 
 An operation asks for the facts of its arguments to be judged while it is traced; a compiled program keeps what was chosen then.
+`using` says for a stretch of tracing which implementations are taken, or left out.
 """
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+
+import jax
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.target import Target, current_target
@@ -38,6 +42,33 @@ class Implementation:
 
 
 _OPERATIONS: dict[str, dict[str, Implementation]] = {}
+
+
+@dataclasses.dataclass(frozen=True)
+class _Wish:
+    """What `using` asked for: implementations by operation, and names that are not to be chosen."""
+
+    named: tuple[tuple[str, str], ...] = ()
+    without: frozenset[str] = frozenset()
+
+
+# part of the key of jax's caches of traces, so that a function traced under one wish does not serve another
+_WISH = jax.make_user_context(_Wish())
+
+
+@contextlib.contextmanager
+def using(named: Mapping[str, str] | None = None, *, without: Sequence[str] = ()) -> Iterator[None]:
+    """While inside, operations that are not told an implementation take these.
+
+    named: implementation by operation, which runs or raises, as if it were given to the call. without: names that are not chosen for
+    any operation. Nests: the inner one wins for an operation that both name. Raises BackendError for an unknown operation or name.
+    """
+    for op, name in (named or {}).items():
+        _named(op, name)
+    outer = _WISH.value
+    wish = _Wish(tuple(sorted((dict(outer.named) | dict(named or {})).items())), outer.without | frozenset(without))
+    with _WISH(wish):
+        yield
 
 
 def _everywhere(target: Target, facts: Mapping[str, Any]) -> bool:
@@ -84,11 +115,13 @@ def implementations(op: str) -> tuple[Implementation, ...]:
 def choose(op: str, implementation: str | None = None, target: Target | None = None, **facts: Any) -> Implementation:
     """The implementation to run.
 
-    implementation: None takes the most preferred one that can run; a named one runs or raises. target: `current_target()` by
-    default. facts: what the predicates judge (sizes, dtypes, formats). Raises BackendError saying what exists and why it does
-    not fit.
+    implementation: None takes what `using` says, else the most preferred one that can run; a named one runs or raises. target:
+    `current_target()` by default. facts: what the predicates judge (sizes, dtypes, formats). Raises BackendError saying what
+    exists and why it does not fit.
     """
-    target = target or current_target()
+    target, wish = target or current_target(), _WISH.value
+    if implementation is None:
+        implementation = dict(wish.named).get(op)
     if implementation is not None:
         named = _named(op, implementation)
         reason = named.refusal(target, facts)
@@ -99,7 +132,7 @@ def choose(op: str, implementation: str | None = None, target: Target | None = N
         return named
     refusals = []
     for candidate in implementations(op):
-        reason = candidate.refusal(target, facts)
+        reason = "left out by `using`" if candidate.name in wish.without else candidate.refusal(target, facts)
         if reason is None:
             return candidate
         refusals.append(f"{candidate.name}: {reason}")

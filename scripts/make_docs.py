@@ -60,8 +60,8 @@ def error_classes() -> str:
     lines = [
         "# Errors",
         "",
-        "What jaxinfer refuses, it refuses with a class of its own, before anything is compiled or written; the message gives the value, the",
-        "limit and what to do. All are in `jaxinfer.errors`; `jaxinfer.errors.EXPECTED` is the tuple of their bases, for one `except`.",
+        "What jaxinfer refuses, it refuses with a class of its own, before anything is compiled or written; the message gives value, limit",
+        "and what to do. All are in `jaxinfer.errors`; `jaxinfer.errors.EXPECTED` is the tuple of their bases, for one `except`.",
         "",
         "```python",
         "import jaxinfer",

@@ -104,3 +104,35 @@ def test_target_of_a_deviceless_mesh():
     spec = PartitionSpec("tensor")
     jax.eval_shape(jax.shard_map(body, mesh=mesh, in_specs=spec, out_specs=spec), jax.ShapeDtypeStruct((8,), jnp.float32))
     assert seen == [GPU]
+
+
+def test_using(op):
+    choice = lambda: registry.choose(op, target=CPU, width=64).name
+    with registry.using({op: "reference"}):
+        assert choice() == "reference"
+        with registry.using(without=["wide"]):
+            assert choice() == "reference"
+        with registry.using({op: "wide"}):
+            assert choice() == "wide"
+        assert registry.choose(op, "wide", CPU, width=64).name == "wide"  # the call's own word is the last
+    with registry.using(without=["wide"]):
+        assert choice() == "reference"
+    assert choice() == "wide"
+    with registry.using({op: "kernel"}), pytest.raises(BackendError, match="kernel"):
+        choice()
+    with pytest.raises(BackendError, match="no implementation 'narrow'"), registry.using({op: "narrow"}):
+        pass
+
+
+def test_using_is_seen_through_caches(op):
+    """A function that was traced is traced again under another wish."""
+    registry.register(op, "other", lambda x: x * 0 - 1)
+
+    @jax.jit
+    def twice(x):
+        return registry.choose(op, target=CPU, width=64).function(x)
+
+    assert twice(3.0) == 6
+    with registry.using({op: "other"}):
+        assert twice(3.0) == -1
+    assert twice(3.0) == 6
