@@ -16,6 +16,7 @@ from convert.readers.base import LazyTensor, PackedFormat, Shard, cover_columns,
 from pallas_kernels import qtensor
 from pallas_kernels.errors import QuantizationError
 from pallas_kernels.qtensor import ActivationQuant, QTensor
+from pallas_kernels.value_formats import FP8_NAN, MX_NAN
 from sharding.partition import Units
 
 type Progress = Callable[[int, int, str], None]  # done bytes, total bytes, name of what was just done
@@ -25,15 +26,16 @@ type Progress = Callable[[int, int, str], None]  # done bytes, total bytes, name
 class QuantSpec:
     """How weights are quantised by rounding to the nearest level.
 
-    format: int8 or int4. group: inputs per scale, None for one per output channel (int8 only). symmetric: False stores a
-    minimum per group (int4 only). activation: how inputs are quantised in matmuls, or None. Raises QuantizationError for what
-    does not exist.
+    format: int8, int4, fp8, nf4 or mxfp4. group: inputs per scale, None for one per output channel (int8 and fp8). symmetric: False
+    stores a minimum per group (int4 only). activation: how inputs are quantised in matmuls, or None. scale_dtype: of the scales, or
+    None for the format's own. Raises QuantizationError for what does not exist.
     """
 
     format: str
     group: int | None = None
     symmetric: bool = True
     activation: ActivationQuant | None = None
+    scale_dtype: str | None = None
 
     def __post_init__(self):
         qtensor.check_format(self.format, self.group, self.symmetric)
@@ -61,6 +63,17 @@ def _extremes(array: np.ndarray) -> tuple[float, ...]:
 
 
 def _check_parts(q: QTensor, name: str) -> QTensor:
+    if q.format == "mxfp4":
+        bad = q.scales == MX_NAN
+    elif q.format == "fp8":
+        bad = (q.values.view(np.uint8) & FP8_NAN) == FP8_NAN
+    else:
+        bad = np.zeros(0, bool)
+    if bad.any():
+        raise NonFiniteWeightError(
+            f"{name} holds {int(bad.sum())} NaN among its {bad.size} {'scales' if q.format == 'mxfp4' else 'values'}; "
+            "the checkpoint is damaged: get it again"
+        )
     check_finite(np.asarray(q.scales), f"{name} (scales)")
     if q.zeros is not None:
         check_finite(np.asarray(q.zeros), f"{name} (zeros)")
@@ -143,47 +156,40 @@ class _Quantized(_Wrapper):
                 f"choose one of {qtensor.divisors(source.shape[-1])}"
             )
         self._spec = spec
-        scale = qtensor.default_scale_dtype(spec.format)
-        zeros = None if spec.symmetric else scale
+        scale = np.dtype(spec.scale_dtype or qtensor.default_scale_dtype(spec.format))
         self.packed = self._packed = PackedFormat(
             format=spec.format,
             group=spec.group,
             zeros=not spec.symmetric,
             scale_dtype=scale,
-            zeros_dtype=zeros,
+            zeros_dtype=None if spec.symmetric else scale,
             activation=spec.activation,
         )
 
     def read(self, units: Shard = None) -> QTensor:
         *lead, columns = self.shard(units)
-        spec, inputs = self._spec, self.shape[-1]
+        spec, inputs, scale = self._spec, self.shape[-1], self._packed.scale_dtype
         # the logical tensor is quantised, so that every mesh holds the same bytes: a scale sees all of its inputs
         cover = cover_columns(columns, spec.group or inputs, inputs) if columns else None
         read = (*lead, cover.read if cover else None)
         shape = shard_shape(self.shape, read)
-        values: np.ndarray = np.empty(*_values_layout(shape, spec.format))
-        scales = np.empty((*shape[:-1], shape[-1] // (spec.group or inputs)), self._packed.scale_dtype)
-        zeros = np.empty_like(scales) if self._packed.zeros else None
+        parts = {part: np.empty(*layout) for part, layout in self._packed.parts(shape).items()}
         for place, piece in _float_pieces(self._source, read):
             try:
                 with np.errstate(over="ignore"):  # a value too large for the scales is raised as an error
-                    q = qtensor.round_to_nearest(piece, format=spec.format, group=spec.group, symmetric=spec.symmetric)
+                    q = qtensor.round_to_nearest(
+                        piece, format=spec.format, group=spec.group, symmetric=spec.symmetric, scale_dtype=scale
+                    )
             except QuantizationError as error:
                 raise QuantizationError(f"{self.name}: {error}") from error
-            values[place], scales[place] = q.values, q.scales
-            if zeros is not None:
-                zeros[place] = q.zeros
+            for part, array in parts.items():
+                array[place] = getattr(q, part)
         for axis, unit in enumerate(lead):  # padding holds the same bytes however a shard was made, as in qtensor.take
-            if unit is not None:
-                values[(slice(None),) * axis + (unit.elements < 0,)] = 0
-        whole = QTensor(
-            values=values, scales=scales, zeros=zeros, format=spec.format, group=spec.group, activation=spec.activation
-        )
+            for array in parts.values():
+                if unit is not None:
+                    array[(slice(None),) * axis + (unit.elements < 0,)] = 0
+        whole = self._packed.tensor(**parts)
         return cover.cut(whole) if cover else whole
-
-
-def _values_layout(shape: tuple[int, ...], format: str) -> tuple[tuple[int, ...], type]:
-    return (shape, np.int8) if format == "int8" else ((*shape[:-1], shape[-1] // 2), np.uint8)
 
 
 def as_float(t: LazyTensor) -> LazyTensor:

@@ -1,6 +1,6 @@
 """The native form: an Orbax checkpoint with its description, model configuration and tokenizer, in one folder.
 
-    params/                  Orbax: {path: array}; a QTensor's parts are path/values, path/scales, path/zeros
+    params/                  Orbax: {path: array}; a QTensor's parts are path/values, path/scales, path/zeros, path/order
     jaxinfer.json            format_version, config, tensors: {path: shape, dtype, and for a QTensor its form}
     tokenizer.json, tokenizer_config.json, generation_config.json
 
@@ -8,24 +8,19 @@ The folder is written beside its place under a temporary name and renamed when i
 """
 
 import concurrent.futures
-import contextlib
 import dataclasses
-import fcntl
-import glob
+import functools
 import json
 import os
-import secrets
 import shutil
-import signal
-import threading
-import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
+from convert.atomic import publish, remove_stale, temporary, terminable
 from convert.errors import DestinationExistsError
 from convert.load import Progress, materialize
 from convert.readers import DESCRIPTION, FORMAT_VERSION, PARAMS
@@ -56,18 +51,19 @@ def save_native(
     dst = Path(dst).expanduser().absolute()
     described = json.dumps(dict(config))  # a config that is no JSON fails before the work
     dst.parent.mkdir(parents=True, exist_ok=True)
-    _remove_stale(dst)
-    _check_destination(dst, overwrite)
+    check = functools.partial(_check_destination, overwrite=overwrite)
+    remove_stale(dst)
+    check(dst)
     size = sum(t.nbytes for t in tensors.values())
-    with _terminable(), _temporary(dst) as folder:
+    with terminable(), temporary(dst) as folder:
         reading = progress and (lambda done, _, name: progress(done, 2 * size, name))
         arrays = materialize(tensors, reading)
         entries = {path: _describe(value) for path, value in arrays.items()}
         _save_params(folder / PARAMS, arrays)
         description = {"format_version": FORMAT_VERSION, "config": json.loads(described), "tensors": entries}
         (folder / DESCRIPTION).write_text(json.dumps(description, indent=1), "utf-8")
-        _save_assets(folder, assets)
-        _publish(folder, dst, overwrite)
+        save_assets(folder, assets)
+        publish(folder, dst, check)
         if progress:
             progress(2 * size, 2 * size, str(dst))
 
@@ -93,7 +89,9 @@ def _save_params(folder: Path, arrays: Mapping[str, np.ndarray | QTensor]) -> No
     for path, value in arrays.items():
         if isinstance(value, QTensor):
             q = repack(value, "canonical")
-            parts = {"values": q.values, "scales": q.scales, "zeros": q.zeros}
+            # float8 goes as bytes: not every release of the array library knows its name
+            values = q.values.view(np.uint8) if q.format == "fp8" else q.values
+            parts = {"values": values, "scales": q.scales, "zeros": q.zeros, "order": q.order}
             tree |= {f"{path}/{part}": array for part, array in parts.items() if array is not None}
         else:
             tree[path] = value
@@ -119,7 +117,7 @@ def _save_params(folder: Path, arrays: Mapping[str, np.ndarray | QTensor]) -> No
         pool.submit(write).result()
 
 
-def _save_assets(folder: Path, assets: TokenizerAssets) -> None:
+def save_assets(folder: Path, assets: TokenizerAssets) -> None:
     if assets.tokenizer_json is not None:
         (folder / "tokenizer.json").write_text(assets.tokenizer_json, "utf-8")
     elif assets.folder is not None:  # a slow tokenizer lives in files of its own
@@ -142,90 +140,3 @@ def _check_destination(dst: Path, overwrite: bool) -> None:
         raise DestinationExistsError(
             f"{dst} holds a checkpoint already; pass overwrite=True to replace it, or choose another place"
         )
-
-
-def _publish(folder: Path, dst: Path, overwrite: bool) -> None:
-    """Move the complete folder into place; the old checkpoint goes when the new one is there."""
-    _check_destination(dst, overwrite)  # hours may have passed
-    old = _sibling(dst, "replaced")
-    if dst.exists():
-        os.rename(dst, old)
-    try:
-        os.rename(folder, dst)
-    except BaseException:
-        if old.exists() and not dst.exists():
-            os.rename(old, dst)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _sibling(dst: Path, role: str) -> Path:
-    return dst.with_name(f".{dst.name}.{role}-{secrets.token_hex(6)}")
-
-
-@contextlib.contextmanager
-def _temporary(dst: Path) -> Iterator[Path]:
-    """A folder beside `dst` that is removed unless it was moved away. A lock on it tells others that its writer lives."""
-    folder = _sibling(dst, "partial")
-    folder.mkdir()
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):  # a file system without locks: nobody else will take it for stale either
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield folder
-    finally:
-        _remove(folder)
-        os.close(lock)
-
-
-def _remove(folder: Path) -> None:
-    for _ in range(20):  # after an error of Orbax, as of a full disk, some of its writes may still be under way
-        shutil.rmtree(folder, ignore_errors=True)
-        if not folder.exists():
-            return
-        time.sleep(0.05)
-
-
-def _remove_stale(dst: Path) -> None:
-    """Remove what killed conversions to `dst` left behind, and put back a checkpoint that one of them had moved aside."""
-    name = glob.escape(dst.name)
-    for partial in dst.parent.glob(f".{name}.partial-*"):
-        with contextlib.suppress(OSError):  # held by a living conversion, or gone by now
-            lock = os.open(partial, os.O_RDONLY)
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                _remove(partial)
-            finally:
-                os.close(lock)
-    for old in dst.parent.glob(f".{name}.replaced-*"):
-        if dst.exists():
-            _remove(old)
-        else:
-            os.rename(old, dst)
-
-
-class _Terminated(SystemExit):
-    """SIGTERM, as an exception that no `except Exception` swallows."""
-
-
-@contextlib.contextmanager
-def _terminable() -> Iterator[None]:
-    """Let SIGTERM raise inside the block, so that clean-up runs; afterwards it takes the effect that it would have had."""
-    previous = signal.getsignal(signal.SIGTERM)
-    if threading.current_thread() is not threading.main_thread() or previous in (None, signal.SIG_IGN):
-        yield  # only the main thread may set handlers; a SIGTERM then works like a SIGKILL
-        return
-
-    def stop(number, frame):
-        signal.signal(number, signal.SIG_IGN)  # a second one must not cut the clean-up short
-        raise _Terminated(128 + number)
-
-    signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    except _Terminated:
-        signal.signal(signal.SIGTERM, previous)
-        os.kill(os.getpid(), signal.SIGTERM)
-        raise
-    finally:
-        signal.signal(signal.SIGTERM, previous)

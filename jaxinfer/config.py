@@ -1,7 +1,6 @@
 """What a user sets about an engine: EngineConfig and its parts; frozen, checked once, from Python, a dict or a JSON file."""
 
 import dataclasses
-import difflib
 import json
 import math
 import re
@@ -9,11 +8,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxinfer import deepspeed
 from jaxinfer.errors import ConfigError
+from jaxinfer.values import CACHE_DTYPES, DTYPES, check_keys, dtype_name, merge
 from pallas_kernels.qtensor import ActivationQuant
 
-DTYPES = ("float32", "bfloat16", "float16")
-CACHE_DTYPES = (*DTYPES, "int8")
+AUTO = "auto"
+MATMUL_PRECISIONS = ("highest", "high", "default")
+KERNELS = ("auto", "native", "xla")
+SHORT_FORM = r"(int8|int4|w([48])a(8|16))((?:-g\d+|-asym|-token)*)"  # of a quantisation
 MAX_TOP_LOGPROBS = 20  # alternatives that a request may ask for, at most
 
 
@@ -21,14 +24,9 @@ def _fields(cls) -> list[str]:
     return [f.name for f in dataclasses.fields(cls)]
 
 
-def _checked_keys(cls, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The values as keywords of `cls`. Raises ConfigError naming the nearest known key."""
-    for key in values:
-        if key not in _fields(cls):
-            near = difflib.get_close_matches(key, _fields(cls), 1)
-            hint = f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(_fields(cls))}"
-            raise ConfigError(f"{where} has no key {key!r}{hint}")
-    return dict(values)
+def _option(default: Any, **limits: Any) -> Any:
+    """A field with what a JSON schema says about its values; whole numbers are checked by it."""
+    return dataclasses.field(default=default, metadata=limits)
 
 
 def is_number(value: Any) -> bool:
@@ -36,50 +34,56 @@ def is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _whole(owner: str, name: str, value: Any, low: int, high: int | None = None) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
-        limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
-        raise ConfigError(f"{owner}.{name} is {value!r}; give a whole number {limit}")
+def _check(owner: str, config: Any) -> None:
+    """Hold whole numbers, booleans and choices against the limits of their fields. Raises ConfigError."""
+    for field in dataclasses.fields(config):
+        value, limits = getattr(config, field.name), field.metadata
+        if type(value) is type(field.default) and value == field.default:
+            continue
+        if "enum" in limits and not any(type(value) is type(choice) and value == choice for choice in limits["enum"]):
+            choices = [str(choice) for choice in limits["enum"] if choice is not None]
+            which = " or ".join(choices) if len(choices) == 2 else f"one of {', '.join(choices)}"
+            raise ConfigError(f"{owner}{field.name} is {value!r}; choose {which}{limits.get('advice', '')}")
+        if field.type is bool and not isinstance(value, bool):
+            raise ConfigError(f"{owner}{field.name} is {value!r}; give True or False")
+        if "minimum" in limits and value not in limits.get("also", ()):
+            low, high = limits["minimum"], limits.get("maximum")
+            if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+                limit = f"from {low} to {high}" if high is not None else f"of at least {low}"
+                words = "".join(f", or {word!r}" for word in limits.get("also", ()) if word is not None)
+                raise ConfigError(f"{owner}{field.name} is {value!r}; give a whole number {limit}{words}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QuantizationConfig:
     """Round-to-nearest quantisation of every matrix while it is loaded.
 
-    weight_bits: 8 or 4. activation_bits: 8 (dynamic) or 16 (left as they are); by default 8 with INT8 weights, 16 with INT4.
-    group_size: inputs per weight scale, 0 for one scale per output channel; by default 0 for INT8, 64 for INT4. symmetric: False
-    stores a minimum per group (INT4). activation_group_size: inputs per activation scale, 0 for one a token. head_bits: of embedding
-    and head: 8, or 16 to leave them as they are.
+    enabled: False leaves weights as they are, whatever else is given. weight_bits: 8 or 4. activation_bits: 8 (dynamic) or 16 (left as
+    they are); by default 8 with INT8 weights, 16 with INT4. group_size: inputs per weight scale, 0 for one scale per output channel; by
+    default 0 for INT8, 64 for INT4, which takes 32, 64 or 128. symmetric: False stores a minimum per group (INT4). activation_group_size:
+    inputs per activation scale, 0 for one a token. head_bits: of embedding and head: 8, or 16 to leave them as they are.
     """
 
     enabled: bool = True
-    weight_bits: int = 8
-    activation_bits: int | None = None
-    group_size: int | None = None
+    weight_bits: int = _option(8, enum=(8, 4), advice=", or set dtype for 16 and 32")
+    activation_bits: int | None = _option(None, enum=(None, 8, 16))
+    group_size: int | None = _option(None, minimum=0, multipleOf=2, also=(None,))
     symmetric: bool = True
-    activation_group_size: int = 64
-    head_bits: int = 8
+    activation_group_size: int = _option(64, minimum=0)
+    head_bits: int = _option(8, enum=(8, 16))
 
     def __post_init__(self):
-        if self.weight_bits not in (8, 4):
-            raise ConfigError(f"quantization.weight_bits is {self.weight_bits!r}; choose 8 or 4, or set dtype for 16 and 32")
-        if self.activation_bits not in (None, 8, 16):
-            raise ConfigError(f"quantization.activation_bits is {self.activation_bits!r}; choose 8 or 16")
-        if self.head_bits not in (8, 16):
-            raise ConfigError(f"quantization.head_bits is {self.head_bits!r}; choose 8 or 16")
+        _check("quantization.", self)
         if self.weight_bits == 8 and not self.symmetric:
             raise ConfigError(
                 "quantization.symmetric is False: INT8 weights are symmetric; asymmetric exists for weight_bits 4"
             )
         if self.weight_bits == 4 and self.group_size not in (None, 32, 64, 128):
             raise ConfigError(f"quantization.group_size is {self.group_size!r}; INT4 needs groups of 32, 64 or 128")
-        if self.group_size is not None:
-            _whole("quantization", "group_size", self.group_size, 0)
-            if self.group_size % 2:
-                raise ConfigError(
-                    f"quantization.group_size is {self.group_size}; give an even number, or 0 for one scale a channel"
-                )
-        _whole("quantization", "activation_group_size", self.activation_group_size, 0)
+        if self.group_size is not None and self.group_size % 2:
+            raise ConfigError(
+                f"quantization.group_size is {self.group_size}; give an even number, or 0 for one scale a channel"
+            )
 
     @property
     def group(self) -> int | None:
@@ -94,7 +98,7 @@ class QuantizationConfig:
     @classmethod
     def parse(cls, spec: str) -> "QuantizationConfig":
         """From a short form: int8, int4, w8a8, w8a16, w4a16 or w4a8; then -g64 (group of weights), -asym, -token (activation scales)."""
-        m = re.fullmatch(r"(int8|int4|w([48])a(8|16))((?:-g\d+|-asym|-token)*)", spec)
+        m = re.fullmatch(SHORT_FORM, spec)
         options = m[4].split("-")[1:] if m else []
         groups = [int(o[1:]) for o in options if o[0] == "g"]
         if not m or len(groups) > 1:
@@ -115,25 +119,32 @@ class QuantizationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelConfig:
-    """Sizes of the mesh. tensor_parallel_size shards every layer, pipeline_parallel_size spreads the layers."""
+    """Sizes of the mesh, which takes their product of devices.
 
-    tensor_parallel_size: int = 1
-    pipeline_parallel_size: int = 1
+    tensor_parallel_size: devices that share every layer. pipeline_parallel_size: stages that share the layers. data_parallel_size: copies
+    of the model, which share the sequences.
+    """
+
+    tensor_parallel_size: int = _option(1, minimum=1)
+    pipeline_parallel_size: int = _option(1, minimum=1)
+    data_parallel_size: int = _option(1, minimum=1)
 
     def __post_init__(self):
-        for name in _fields(type(self)):
-            _whole("engine", name, getattr(self, name), 1)
+        _check("engine.", self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:
-    """The key/value cache. dtype: float32, bfloat16, float16 or int8 (a scale per head and token); by default that of the weights."""
+    """The key/value cache.
 
-    dtype: str | None = None
+    dtype: float32, bfloat16, float16 or int8 (a scale per head and token); by default that of the weights.
+    """
+
+    dtype: str | None = _option(None, enum=CACHE_DTYPES)
 
     def __post_init__(self):
-        if self.dtype is not None and self.dtype not in CACHE_DTYPES:
-            raise ConfigError(f"kv_cache.dtype is {self.dtype!r}; choose one of {', '.join(CACHE_DTYPES)}")
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        _check("kv_cache.", self)
 
 
 _PARTS = {"quantization": QuantizationConfig, "engine": ParallelConfig, "kv_cache": CacheConfig}  # of EngineConfig
@@ -143,62 +154,132 @@ _PARTS = {"quantization": QuantizationConfig, "engine": ParallelConfig, "kv_cach
 class EngineConfig:
     """How a model is loaded and run.
 
-    inference_max_tokens: prompt and new tokens of a sequence together. micro_batch_size: sequences decoded in one tick, at most; with
-    a pipeline every stage holds as many. dtype: of the matrices; None keeps what the checkpoint stores, packed weights included.
-    quantization: None leaves weights as they are. engine: the mesh. max_logprobs: alternatives that a request may ask for.
-    memory_fraction: of the device's free memory that weights and cache may take. batch_invariant: a sequence's arithmetic has the same
-    shapes whoever shares the batch, so that its result is the same bit for bit; every step costs what a full batch costs.
-    compilation_cache: folder of XLA's persistent cache; None is the user's cache folder, False turns it off.
+    checkpoint: the model, for init_inference without one. inference_max_tokens: prompt and new tokens of a sequence together.
+    micro_batch_size: sequences decoded in one tick, at most; with a pipeline every stage holds as many, with data parallelism every
+    copy. "auto" takes the largest power of two that fits in memory. dtype: of the matrices; None keeps what the checkpoint stores,
+    packed weights included. quantization: None leaves weights as they are. engine: the mesh. kv_cache: how keys and values are kept.
+    matmul_precision: how float32 matrices are multiplied on a GPU: highest as float32, high as three TF32 products, default as one TF32
+    product. kernels: auto takes the fastest implementation of every operation, native requires those for CPUs, xla does without them.
+    batch_invariant: a sequence's arithmetic has the same shapes whoever shares the batch, so that its result is the same bit
+    for bit; every step costs what a full batch costs. max_logprobs: alternatives that a request may ask for. memory_fraction: of the
+    device's free memory that weights, cache and temporary arrays may take. compilation_cache: folder of XLA's persistent cache; None is
+    the user's cache folder, False turns it off. executables: folder of what `jaxinfer compile` wrote, which must have some for this model,
+    its weights and mesh; None takes those beside the checkpoint where there are some for these, True requires them, False takes none.
     """
 
-    inference_max_tokens: int = 1024
-    micro_batch_size: int = 8
-    dtype: str | None = None
+    checkpoint: str | None = None
+    inference_max_tokens: int = _option(1024, minimum=2)
+    # a number once the memory plan has chosen it
+    micro_batch_size: int | Any = dataclasses.field(default=8, metadata={"minimum": 1, "also": (AUTO,)})
+    dtype: str | None = _option(None, enum=DTYPES, advice=", or quantization for fewer bits")
     quantization: QuantizationConfig | None = None
     engine: ParallelConfig = ParallelConfig()
     kv_cache: CacheConfig = CacheConfig()
-    max_logprobs: int = 5
-    memory_fraction: float = 0.9
+    matmul_precision: str = _option("highest", enum=MATMUL_PRECISIONS)
+    kernels: str = _option("auto", enum=KERNELS)
     batch_invariant: bool = False
+    max_logprobs: int = _option(5, minimum=0, maximum=MAX_TOP_LOGPROBS)
+    memory_fraction: float = _option(0.9, exclusiveMinimum=0, maximum=1)
     compilation_cache: str | Path | bool | None = None
+    executables: str | Path | bool | None = None
 
     def __post_init__(self):
+        put = lambda name, value: object.__setattr__(self, name, value)
         for name, part in _PARTS.items():
             value = getattr(self, name)
             if not isinstance(value, part) and not (name == "quantization" and value is None):
                 raise ConfigError(f"{name} is {value!r}; give a {part.__name__}, or a dict through EngineConfig.load")
         if self.quantization is not None and not self.quantization.enabled:
-            object.__setattr__(self, "quantization", None)
-        _whole("config", "inference_max_tokens", self.inference_max_tokens, 2)
-        _whole("config", "micro_batch_size", self.micro_batch_size, 1)
-        _whole("config", "max_logprobs", self.max_logprobs, 0, MAX_TOP_LOGPROBS)
-        if self.dtype is not None and self.dtype not in DTYPES:
-            raise ConfigError(f"dtype is {self.dtype!r}; choose one of {', '.join(DTYPES)}, or quantization for fewer bits")
+            put("quantization", None)
+        put("dtype", dtype_name(self.dtype))
+        for name in ("checkpoint", "compilation_cache", "executables"):
+            if isinstance(getattr(self, name), Path):
+                put(name, str(getattr(self, name)))
+        _check("", self)
         if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}; give a number above 0, at most 1")
-        if not isinstance(self.compilation_cache, str | Path | bool | None):
+        if not isinstance(self.executables, str | bool | None):
+            raise ConfigError(
+                f"executables is {self.executables!r}; give a folder, True or None for those beside the checkpoint, or False"
+            )
+        if not isinstance(self.compilation_cache, str | bool | None):
             raise ConfigError(f"compilation_cache is {self.compilation_cache!r}; give a folder, None for the user's, or False")
+        if not isinstance(self.checkpoint, str | None) or self.checkpoint == "":
+            raise ConfigError(f"checkpoint is {self.checkpoint!r}; give a path, a hub id or 'demo'")
+
+    @property
+    def cache_dtype(self) -> str:
+        """The dtype of keys and values by name."""
+        return self.kv_cache.dtype or self.dtype or "float32"
 
     @classmethod
-    def load(cls, source: "EngineConfig | Mapping[str, Any] | str | Path | None") -> "EngineConfig":
-        """From an EngineConfig, a dict, the path of a JSON file, or None for the defaults. Raises ConfigError."""
-        if source is None:
-            return cls()
-        if isinstance(source, cls):
+    def load(
+        cls, source: "EngineConfig | Mapping[str, Any] | str | Path | None", more: Mapping[str, Any] | None = None
+    ) -> "EngineConfig":
+        """From an EngineConfig, a dict, the path of a JSON file, or None for the defaults.
+
+        more: further keys, as keyword arguments give them. Keys are those of EngineConfig and of DeepSpeed's inference configuration
+        (jaxinfer.deepspeed). Raises ConfigError for an unknown key, a value that cannot be used, and two values for one thing.
+        """
+        if isinstance(source, cls) and not more:
             return source
-        if isinstance(source, str | Path):
-            try:
-                source = json.loads(Path(source).read_text())
-            except OSError as e:
-                raise ConfigError(f"the configuration {source} cannot be read: {e.strerror}") from e
-            except json.JSONDecodeError as e:
-                raise ConfigError(f"the configuration {source} is not JSON: {e}") from e
-        if not isinstance(source, Mapping):
-            raise ConfigError(f"a configuration is a dict or a JSON object, got {type(source).__name__}")
-        values = _checked_keys(cls, source, "the configuration")
-        for key, part in _PARTS.items():
-            if isinstance(values.get(key), Mapping):
-                values[key] = part(**_checked_keys(part, values[key], key))
-            elif key == "quantization" and isinstance(values.get(key), str):
-                values[key] = QuantizationConfig.parse(values[key])
+        defaults = {field.name: field.default for field in dataclasses.fields(cls)}
+        values = deepspeed.translate(merge(_written(source), _written(more)), tuple(_PARTS), defaults)
+        check_keys(values, _fields(cls), "the configuration", deepspeed.NAMES)
+        for name, part in _PARTS.items():
+            if isinstance(values.get(name), Mapping):
+                check_keys(values[name], _fields(part), name)
+                values[name] = part(**values[name])
         return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values; `load` gives an equal configuration back."""
+        return dataclasses.asdict(self)
+
+
+def _written(source: Any) -> dict[str, Any]:
+    """What a source sets, under the names that it uses; parts as dicts."""
+    if source is None:
+        return {}
+    if isinstance(source, EngineConfig):
+        return _set_by(source)
+    if isinstance(source, str | Path):
+        source = _read(source)
+    if not isinstance(source, Mapping):
+        raise ConfigError(f"a configuration is a dict or a JSON object, got {type(source).__name__}")
+    values = {key: _set_by(value) if isinstance(value, tuple(_PARTS.values())) else value for key, value in source.items()}
+    if "dtype" in values:
+        values["dtype"] = dtype_name(values["dtype"])
+    if isinstance(short_form := values.get("quantization"), str):
+        short = dataclasses.asdict(QuantizationConfig.parse(short_form))
+        values["quantization"] = {key: value for key, value in short.items() if value is not None}
+    return values
+
+
+def _set_by(config: Any) -> dict[str, Any]:
+    """The fields of a dataclass that are not at their defaults, parts as dicts."""
+    out = {}
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if value != field.default:
+            out[field.name] = _set_by(value) if dataclasses.is_dataclass(value) else value
+    return out
+
+
+def _read(path: str | Path) -> Any:
+    try:
+        return json.loads(Path(path).read_text("utf-8"), object_pairs_hook=_without_repeats)
+    except OSError as e:
+        raise ConfigError(f"the configuration {path} cannot be read: {e.strerror}") from e
+    except ConfigError as e:
+        raise ConfigError(f"the configuration {path}: {e}") from e
+    except ValueError as e:
+        raise ConfigError(f"the configuration {path} is not JSON: {e}") from e
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ConfigError for a key that stands in it twice, of which json would keep the last."""
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ConfigError(f"the key {twice[0]!r} is there twice; leave one of them")
+    return dict(pairs)

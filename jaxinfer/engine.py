@@ -6,12 +6,14 @@ The four calls prefill / insert / decode / free are there for those who schedule
 import asyncio
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from typing import Any, Self
+from concurrent.futures import Future
+from typing import Any, Self, overload
 
 import jax
 import numpy as np
 from flax import nnx
 
+from jaxinfer import ahead, hf_generate
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import (
     ConfigError,
@@ -24,11 +26,13 @@ from jaxinfer.errors import (
 )
 from jaxinfer.generation import Emitted, Prefix, Scores, State
 from jaxinfer.loading import parameter_tensors
+from jaxinfer.memory import MemoryPlan, check_positions, explained
 from jaxinfer.models.decoder import Decoder, DecoderWeights
 from jaxinfer.placement import Placed, place
 from jaxinfer.programs import Programs
-from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult
-from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
+from jaxinfer.quantization import MemoryReport, memory_report
+from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult, collect, expand, for_model
+from jaxinfer.sampling import MAX_STOP_TOKENS, NumberedProcessors, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler, Ticket
 from jaxinfer.slots import SMALLEST_BUCKET, Slots, bucket, padded
@@ -60,18 +64,30 @@ class Engine:
     """A placed model that generates. Made by `jaxinfer.init_inference`.
 
     params: the weights, DecoderWeights of device arrays: the first argument of the pure calls. tokenizer may be None: prompts are
-    token ids then. eos_ids: tokens that end a text, besides the tokenizer's.
+    token ids then. eos_ids: tokens that end a text, besides the tokenizer's. memory_plan: what it takes of each device's memory. placed may
+    hold shapes (`placement.placed_shapes`): what checks, prepares and compiles works at once then, and what runs after `provide`.
     """
 
     def __init__(
-        self, placed: Placed, config: EngineConfig, tokenizer: Tokenizer | None = None, *, eos_ids: Sequence[int] = ()
+        self,
+        placed: Placed,
+        config: EngineConfig,
+        tokenizer: Tokenizer | None = None,
+        *,
+        eos_ids: Sequence[int] = (),
+        memory_plan: MemoryPlan | None = None,
     ):
+        check_positions(placed.plan.config, "inference_max_tokens", config.inference_max_tokens)
         self.config, self.tokenizer, self.plan, self.mesh = config, tokenizer, placed.plan, placed.mesh
+        self.memory_plan = memory_plan
         self._params: DecoderWeights | None = placed.weights
-        dtype = cache_dtype(config.kv_cache.dtype or config.dtype or "float32")
+        dtype = cache_dtype(config.cache_dtype)
         self.eos_ids = tuple(dict.fromkeys((*eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
-        self._programs: Programs | None = Programs(placed, cache_dtype=dtype)
-        self._slots = Slots(self._programs, placed.plan, config, lambda: self.params, data=self.data_shards)
+        self._programs: Programs | None = Programs(
+            placed, cache_dtype=dtype, matmul_precision=config.matmul_precision, kernels=config.kernels
+        )
+        weights = lambda: self.params
+        self._slots = Slots(self._programs, placed.plan, config, weights, data=self.data_shards, memory=memory_plan)
         self._scheduler = Scheduler(self._slots)
 
     @property
@@ -100,6 +116,27 @@ class Engine:
     def __exit__(self, *_) -> None:
         self.close()
 
+    @property
+    def programs(self) -> Programs:
+        return self._running()
+
+    def provide(self, weights: DecoderWeights) -> None:
+        """The weights of an engine that was made for their shapes."""
+        self._params = weights
+
+    def prepare(
+        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+    ) -> Future[None]:
+        """Compile in the background what `generate` needs for these; nothing is run. The result is there when all of it is under way:
+        calls then wait for what they need. Raises what `generate` does."""
+        _, requests = self._requests(prompts, params)
+        samples = [sample for request in requests for sample in expand(request)]
+        return ahead.prepare(self._slots, samples)
+
+    def walk(self, found: Callable[[ahead.Need], None]) -> ahead.Walk:
+        """A walk through the programs that this engine will need, each given to `found`."""
+        return ahead.Walk(self._slots, found)
+
     def _running(self) -> Programs:
         if self._programs is None:
             raise EngineStateError(_CLOSED)
@@ -107,22 +144,38 @@ class Engine:
 
     # --- the four calls
 
-    def prefill(self, params: DecoderWeights, tokens, lengths, sampling: SamplingArrays, *, top: int = 0) -> Prefix:
+    def prefill(
+        self,
+        params: DecoderWeights,
+        tokens,
+        lengths,
+        sampling: SamplingArrays,
+        *,
+        top: int = 0,
+        prompt: int | None = None,
+        processors: NumberedProcessors = (),
+    ) -> Prefix:
         """Read prompts and choose their first tokens.
 
         tokens: int32 [rows, T], padded on the right, T at most inference_max_tokens. lengths: int32 [rows]. sampling: arrays [rows].
-        top: alternatives to report (static). One program per (rows, T). With D data shards the first rows / D rows are of the first one,
-        and so on.
+        top: alternatives to report; prompt: likewise of the prompts' own tokens, None reports nothing of them; processors: the functions
+        that `sampling` numbers (all three static). One program per (rows, T). With D data shards the first rows / D rows are of the first
+        one, and so on.
         """
-        return self._running().prefill(top)(params, tokens, lengths, sampling)
+        return self._running().prefill(top, prompt, processors)(params, tokens, lengths, sampling)
 
     def insert(self, prefix: Prefix, state: State, slots) -> State:
         """Put the rows of a prefix into slots, int32 [rows], counted within the row's data shard; -1 leaves one out. `state` is donated."""
         return self._running().insert()(prefix, state, slots)
 
-    def decode(self, params: DecoderWeights, state: State, steps, *, top: int = 0) -> tuple[State, Emitted]:
-        """Up to `steps` tokens (an array: one program for any number) for every active slot. `state` is donated."""
-        return self._running().decode(top)(params, state, np.int32(steps))
+    def decode(
+        self, params: DecoderWeights, state: State, steps, *, top: int = 0, processors: NumberedProcessors = ()
+    ) -> tuple[State, Emitted]:
+        """Up to `steps` tokens (an array: one program for any number) for every active slot. `state` is donated.
+
+        top, processors: see `prefill`.
+        """
+        return self._running().decode(top, processors)(params, state, np.int32(steps))
 
     def free(self, state: State, slots) -> State:
         """Stop the sequence in a slot: an int, or with D data shards int32 [D], -1 where a shard stops none. `state` is donated."""
@@ -143,25 +196,60 @@ class Engine:
 
     # --- generation
 
+    @overload
     def generate(
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[GenerationResult] | GenerationResult:
+    ) -> list[GenerationResult] | GenerationResult: ...
+
+    @overload
+    def generate(self, prompts: Any = None, *, input_ids: Any = None, **keywords: Any) -> Any: ...
+
+    def generate(self, prompts: Any = None, params: Any = None, *, input_ids: Any = None, **keywords: Any) -> Any:
         """Generate for one prompt or a list; strings or token ids. A list gives a list of results in its order.
+
+        With input_ids, or with keywords such as max_new_tokens, as Hugging Face's models do it: see `jaxinfer.hf_generate.generate`.
 
         params: one for all, or one each. Calls from several threads share the slots. Ctrl-C ends the call and its requests, and leaves the
         engine usable. Raises PromptError, TokenLimitError, SamplingParamsError before anything is compiled.
         """
+        if keywords or input_ids is not None:
+            if params is not None or (prompts is None) == (input_ids is None):
+                raise PromptError(
+                    "give prompts and SamplingParams, or input_ids and keywords as transformers has them; not both"
+                )
+            return hf_generate.generate(self, input_ids if prompts is None else prompts, **keywords)
         single, requests = self._requests(prompts, params)
         arrived: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
-        tickets = [Ticket(request=request, deliver=arrived.put) for request in requests]
+        samples = [expand(request) for request in requests]
+        tickets = [Ticket(request=sample, deliver=arrived.put) for part in samples for sample in part]
         try:
             self._scheduler.submit(tickets)
             for _ in tickets:
                 _delta(arrived.get())
         finally:
             self._scheduler.cancel(tickets)
-        results = [request.result() for request in requests]
+        results = [collect(part) for part in samples]
         return results[0] if single else results
+
+    @property
+    def module(self) -> Self:
+        """The engine itself, for scripts that reach for the module that DeepSpeed's engine wraps."""
+        return self
+
+    def __call__(self, input_ids: Any, attention_mask: Any = None) -> hf_generate.ModelOutput:
+        """Logits float32 [B, T, V] of whole rows [B, T], padded on either side: `engine(input_ids).logits`.
+
+        attention_mask: 0 where a row is padded. Raises PromptError and TokenLimitError.
+        """
+        return hf_generate.forward(self._logits, input_ids, attention_mask)
+
+    def _logits(self, prompts: Sequence[list[int]]) -> np.ndarray:
+        """float32 [rows, T, V], in sizes that few programs serve."""
+        _, ids = self._prompt_ids(prompts)
+        rows = bucket(-(-len(ids) // self.data_shards), 1, 1 << 30) * self.data_shards
+        tokens, lengths = padded(dict(enumerate(ids)), rows, self._slots.prompt_bucket)
+        with self._scheduler.paused(), explained(self.memory_plan):
+            return jax.device_get(self._running().forward()(self.params, tokens, lengths))
 
     def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, every: int = 1) -> Iterator[Delta]:
         """Generate for one prompt and give text as it becomes final: whole characters, nothing that a stop string would cut.
@@ -188,14 +276,15 @@ class Engine:
         """`generate` for asyncio: many calls run side by side in the engine's slots. Cancelling the task ends its requests."""
         single, requests = self._requests(prompts, params)
         deliver, arrived = _mailbox()
-        tickets = [Ticket(request=request, deliver=deliver) for request in requests]
+        samples = [expand(request) for request in requests]
+        tickets = [Ticket(request=sample, deliver=deliver) for part in samples for sample in part]
         try:
             self._scheduler.submit(tickets)
             for _ in tickets:
                 _delta(await arrived.get())
         finally:
             self._scheduler.cancel(tickets)
-        results = [request.result() for request in requests]
+        results = [collect(part) for part in samples]
         return results[0] if single else results
 
     def astream(self, prompt: Prompt, params: SamplingParams | None = None, *, every: int = 1) -> AsyncIterator[Delta]:
@@ -216,8 +305,13 @@ class Engine:
     def _ticket(self, prompt: Prompt, params: SamplingParams | None, every: int) -> Ticket:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"every is {every!r}; give at least 1 token")
-        _, requests = self._requests([prompt], params)
-        return Ticket(request=requests[0], deliver=lambda _: None, every=every)
+        _, [request] = self._requests([prompt], params)
+        if request.params.samples > 1:
+            raise SamplingParamsError(
+                f"n is {request.params.n} and {request.params.samples} samples are drawn; a stream is one of them: use generate"
+            )
+        [sample] = expand(request)
+        return Ticket(request=sample, deliver=lambda _: None, every=every)
 
     def chat_prompt(
         self, messages: Sequence[Mapping[str, Any]], *, tools: Sequence[Mapping[str, Any]] | None = None
@@ -263,6 +357,10 @@ class Engine:
         with self._scheduler.paused():
             self._params = new
 
+    def memory_report(self) -> MemoryReport:
+        """Bytes of the weights on this process's devices, by kind of tensor and form."""
+        return memory_report(self.params)
+
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[ScoreResult] | ScoreResult:
         """Log-probability of every token of the prompts given those before it."""
         single, ids = self._prompt_ids(prompts)
@@ -273,7 +371,7 @@ class Engine:
             part = ids[start : start + rows]
             many = bucket(-(-len(part) // self.data_shards), 1, SCORE_ROWS) * self.data_shards
             tokens, lengths = padded(dict(enumerate(part)), many, lambda n: max(2, self._slots.prompt_bucket(n)))
-            with self._scheduler.paused():
+            with self._scheduler.paused(), explained(self.memory_plan):
                 scores: Scores = jax.device_get(run(self.params, tokens, lengths))
             for row, prompt in enumerate(part):
                 n = len(prompt)
@@ -344,18 +442,13 @@ class Engine:
                 f"prompt {index} has {len(prompt)} tokens and asks for {max(limit, 1)} new ones, inference_max_tokens is "
                 f"{self.config.inference_max_tokens}; lower max_tokens to {max(room, 0)}, or raise the limit in the configuration"
             )
-        if params.logprobs is not None and params.logprobs > self.config.max_logprobs:
+        if params.min_tokens > limit:
             raise SamplingParamsError(
-                f"logprobs is {params.logprobs}, the engine's max_logprobs is {self.config.max_logprobs}; ask for fewer, or raise it "
-                "in the configuration"
+                f"min_tokens is {params.min_tokens}, and prompt {index} leaves room for {limit} new ones; lower it"
             )
-        if params.stop and self.tokenizer is None:
-            raise SamplingParamsError("stop strings need a tokenizer; use stop_token_ids")
-        outside = [t for t in params.stop_token_ids if t >= self.plan.config.vocab]
-        if outside:
-            raise SamplingParamsError(
-                f"stop token {outside[0]} never comes; the vocabulary has 0 to {self.plan.config.vocab - 1}"
-            )
+        vocab = self.plan.config.vocab
+        params = for_model(params, vocab=vocab, tokenizer=self.tokenizer, max_logprobs=self.config.max_logprobs)
+        self._slots.processors.number(params.logits_processor)
         stops = (() if params.ignore_eos else self.eos_ids) + params.stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
             raise SamplingParamsError(

@@ -46,7 +46,15 @@ class TokenLimitError(InferenceError):
 
 
 class MemoryPlanError(InferenceError):
-    """Weights and cache do not fit in memory."""
+    """Weights, cache and temporary arrays do not fit in memory."""
+
+
+class OutOfMemoryError(InferenceError):
+    """Memory ran out while programs were compiled or ran."""
+
+
+class ExecutablesError(InferenceError):
+    """Executables that were compiled earlier, and do not fit or cannot be read."""
 
 
 class EngineStateError(InferenceError):
@@ -55,6 +63,10 @@ class EngineStateError(InferenceError):
 
 class TextError(InferenceError):
     """Base of everything that tokenizers, chat templates and stop strings refuse."""
+
+
+class InvalidTextError(TextError, PromptError):
+    """A text that is not Unicode: it holds half of a surrogate pair."""
 
 
 class NoTokenizerError(TextError):
@@ -87,7 +99,9 @@ __all__ = [
     "DemoModelError",
     "DestinationExistsError",
     "EngineStateError",
+    "ExecutablesError",
     "InferenceError",
+    "InvalidTextError",
     "KernelError",
     "MemoryPlanError",
     "MeshError",
@@ -96,6 +110,7 @@ __all__ = [
     "NoChatTemplateError",
     "NoTokenizerError",
     "NonFiniteWeightError",
+    "OutOfMemoryError",
     "PromptError",
     "QuantizationError",
     "SamplingParamsError",

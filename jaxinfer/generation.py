@@ -17,9 +17,9 @@ from jax import lax
 
 from jaxinfer.models.decoder import cached_layers, embed, head_logits, prefill_layers
 from jaxinfer.placement import Plan
-from jaxinfer.sampling import Choice, SamplingArrays, choose_tokens, vocab_shards
+from jaxinfer.sampling import Choice, NumberedProcessors, Past, SamplingArrays, choose_tokens, vocab_shards
 from pallas_kernels.layer_cache import LayerCache
-from pallas_kernels.sampling import argmax, log_probs
+from pallas_kernels.sampling import argmax, log_probs, top_log_probs
 
 
 def _pytree(cls):
@@ -30,13 +30,16 @@ def _pytree(cls):
 @_pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Prompts that were read: their fresh caches per layer slot [rows, K, T, H], lengths int32 [rows], the first new token, and
-    how the next ones are chosen."""
+    """Prompts that were read: their fresh caches per layer slot [rows, K, T, H], tokens int32 [rows, T], lengths int32 [rows], the first
+    new token, and how the next ones are chosen. prompt: the prompts' own tokens [rows, T] with their log-probabilities, the first of each
+    row without one; None unless asked for, and not for `insert`."""
 
     caches: tuple[LayerCache, ...]
+    tokens: jax.Array
     lengths: jax.Array
     first: Choice
     sampling: SamplingArrays
+    prompt: Choice | None = None
 
 
 @_pytree
@@ -45,8 +48,8 @@ class State:
     """Everything that a decode step changes; donated to it.
 
     caches: per layer slot, rows ordered by micro-batch. hidden float32 [B, D], valid bool [B]: what waits at this stage's door.
-    tick: int32, since the beginning, modulo M. tokens (last ones), lengths (tokens in the cache), generated: int32 [M, B].
-    active: bool [M, B]. sampling: of every slot, [M, B].
+    tick: int32, since the beginning, modulo M. tokens (last ones), lengths (tokens in the cache), generated: int32 [M, B]. history: int32
+    [M, B, S], prompt and text, of which lengths + 1 are real. active: bool [M, B]. sampling: of every slot, [M, B].
     """
 
     caches: tuple[LayerCache, ...]
@@ -56,6 +59,7 @@ class State:
     tokens: jax.Array
     lengths: jax.Array
     generated: jax.Array
+    history: jax.Array
     active: jax.Array
     sampling: SamplingArrays
 
@@ -125,15 +129,44 @@ def _pipeline(weights, x, lengths, plan: Plan) -> tuple[jax.Array, tuple[LayerCa
     return out, caches
 
 
-def prefill(weights, tokens, lengths, sampling: SamplingArrays, *, plan: Plan, cache_dtype, top: int) -> Prefix:
-    """Read prompts. tokens int32 [B, T], padded on the right; lengths int32 [B]. cache_dtype: of the caches. top: see `choose_tokens`."""
+def prefill(
+    weights,
+    tokens,
+    lengths,
+    sampling: SamplingArrays,
+    *,
+    plan: Plan,
+    cache_dtype,
+    top: int,
+    prompt: int | None = None,
+    processors: NumberedProcessors = (),
+) -> Prefix:
+    """Read prompts.
+
+    tokens int32 [B, T], padded on the right; lengths int32 [B]. cache_dtype: of the caches. top, processors: see `choose_tokens`. prompt:
+    alternatives to report for the prompts' own tokens (static); None reports nothing of them.
+    """
     ctx = plan.context
     x, caches = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)
+    own = None
+    if prompt is not None:
+        x = ctx.from_last_stage(x)
+        own = _prompt_choices(weights, x, tokens, lengths, plan, prompt)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)[:, 0]
-    logits = head_logits(weights, ctx.from_last_stage(last), plan.config, ctx)
-    first = choose_tokens(logits, sampling, jnp.zeros_like(lengths), ctx, top)
+    logits = head_logits(weights, ctx.from_last_stage(last) if prompt is None else last, plan.config, ctx)
+    first = choose_tokens(
+        logits,
+        sampling,
+        jnp.zeros_like(lengths),
+        lambda: Past(tokens=tokens, lengths=lengths, edits=sampling.edits),
+        ctx,
+        vocab=plan.config.vocab,
+        top=top,
+        processors=processors,
+    )
     like = LayerCache.zeros(rows=0, kv_heads=0, tokens=0, head_dim=0, dtype=cache_dtype)
-    return Prefix(caches=tuple(like.encode(c.k, c.v) for c in caches), lengths=lengths, first=first, sampling=sampling)
+    encoded = tuple(like.encode(c.k, c.v) for c in caches)
+    return Prefix(caches=encoded, tokens=tokens, lengths=lengths, first=first, sampling=sampling, prompt=own)
 
 
 def empty_state(plan: Plan, *, batch: int, tokens: int, cache_dtype) -> State:
@@ -156,6 +189,7 @@ def empty_state(plan: Plan, *, batch: int, tokens: int, cache_dtype) -> State:
         tokens=jnp.zeros(whole, jnp.int32),
         lengths=jnp.zeros(whole, jnp.int32),
         generated=jnp.zeros(whole, jnp.int32),
+        history=jnp.zeros((*whole, tokens), jnp.int32),
         active=jnp.zeros(whole, bool),
         sampling=SamplingArrays.zeros(whole),
     )
@@ -173,56 +207,66 @@ def grow(state: State, *, plan: Plan, batch: int, tokens: int, cache_dtype) -> S
     return dataclasses.replace(rest, caches=flat)
 
 
-def _forget(state: State, micro_batch, row, plan: Plan):
-    """`valid` without what is in flight for a slot: it belongs to the slot's former sequence."""
+def _marked(state: State, slots):
+    """Which slots are among `slots`, int32 [n], of which -1 is none: bool [M, B]."""
+    M, B = state.tokens.shape
+    return jnp.zeros((M * B,), bool).at[jnp.where(slots >= 0, slots, M * B)].set(True, mode="drop").reshape(M, B)
+
+
+def _forget(state: State, slots, plan: Plan):
+    """`valid` without what is in flight for some slots, bool [M, B]: it belongs to their former sequences."""
     M = plan.context.stages
-    here = jnp.mod(state.tick - plan.context.stage_index(), M) == micro_batch
-    return state.valid & ~(here & (jnp.arange(state.valid.shape[0]) == row))
+    return state.valid & ~_of(slots, jnp.mod(state.tick - plan.context.stage_index(), M), M)
 
 
 def insert(prefix: Prefix, state: State, slots, *, plan: Plan) -> State:
     """Put the sequences of a prefix into slots, int32 [rows of the prefix]; -1 leaves a row out."""
-    B = state.tokens.shape[1]
-    for i in range(prefix.lengths.shape[0]):
-        slot, keep = jnp.maximum(slots[i], 0), slots[i] >= 0
-        m, b = slot // B, slot % B
+    M, B, S = state.history.shape
+    rows, width = prefix.tokens.shape
+    caches = state.caches
+    for i in range(rows):
+        start, keep = jnp.maximum(slots[i], 0), slots[i] >= 0
 
-        def put(cache, fresh, i=i, slot=slot, keep=keep):
-            start = (slot, *[0] * (cache.ndim - 1))
+        def put_row(cache, fresh, i=i, start=start, keep=keep):
+            at = (start, *[0] * (cache.ndim - 1))
             part = fresh[i : i + 1, :, : cache.shape[2]]
-            old = lax.dynamic_slice(cache, start, part.shape)
-            return lax.dynamic_update_slice(cache, jnp.where(keep, part, old), start)
+            old = lax.dynamic_slice(cache, at, part.shape)
+            return lax.dynamic_update_slice(cache, jnp.where(keep, part, old), at)
 
-        def set_slot(array, value, m=m, b=b, keep=keep):
-            return array.at[m, b].set(jnp.where(keep, value, array[m, b]))
+        caches = jax.tree.map(put_row, caches, prefix.caches)
 
-        token = prefix.first.token[i]
-        mine = jax.tree.map(lambda a, i=i: a[i], prefix.sampling)
-        active = (mine.limit > 1) & ~jnp.any(token == mine.stop_tokens)
-        state = State(
-            caches=jax.tree.map(put, state.caches, prefix.caches),
-            hidden=state.hidden,
-            valid=jnp.where(keep, _forget(state, m, b, plan), state.valid),
-            tick=state.tick,
-            tokens=set_slot(state.tokens, token),
-            lengths=set_slot(state.lengths, prefix.lengths[i]),
-            generated=set_slot(state.generated, 1),
-            active=set_slot(state.active, active),
-            sampling=jax.tree.map(set_slot, state.sampling, mine),
-        )
-    return state
+    def put(whole, values):
+        flat = whole.reshape(M * B, *whole.shape[2:])
+        return flat.at[jnp.where(slots >= 0, slots, M * B)].set(values, mode="drop").reshape(whole.shape)
+
+    first, sampling = prefix.first.token, prefix.sampling
+    # no `.at[:, :width].set`: where width is S that is a scatter without an index, which crashes XLA's partitioner
+    history = jnp.pad(prefix.tokens[:, :S], ((0, 0), (0, max(S - width, 0))))
+    return State(
+        caches=caches,
+        hidden=state.hidden,
+        valid=_forget(state, _marked(state, slots), plan),
+        tick=state.tick,
+        tokens=put(state.tokens, first),
+        lengths=put(state.lengths, prefix.lengths),
+        generated=put(state.generated, jnp.ones_like(first)),
+        history=put(state.history, history.at[jnp.arange(rows), prefix.lengths].set(first, mode="drop")),
+        active=put(state.active, (sampling.limit > 1) & ~jnp.any(first[:, None] == sampling.stop_tokens, -1)),
+        sampling=jax.tree.map(put, state.sampling, sampling),
+    )
 
 
 def free(state: State, slots, *, plan: Plan) -> State:
-    """Stop the sequence in a slot, int32 [1]; -1 stops none."""
-    slot, keep = jnp.maximum(slots[0], 0), slots[0] >= 0
-    m, b = slot // state.tokens.shape[1], slot % state.tokens.shape[1]
-    active = state.active.at[m, b].set(state.active[m, b] & ~keep)
-    return dataclasses.replace(state, active=active, valid=jnp.where(keep, _forget(state, m, b, plan), state.valid))
+    """Stop the sequences in slots, int32 [n]; -1 is none."""
+    gone = _marked(state, slots)
+    return dataclasses.replace(state, active=state.active & ~gone, valid=_forget(state, gone, plan))
 
 
-def decode(weights, state: State, steps, *, plan: Plan, top: int) -> tuple[State, Emitted]:
-    """Up to `steps` tokens for every active sequence, int32 scalar, at most as many as the cache holds; ends when none is active."""
+def decode(weights, state: State, steps, *, plan: Plan, top: int, processors: NumberedProcessors = ()) -> tuple[State, Emitted]:
+    """Up to `steps` tokens for every active sequence, int32 scalar, at most as many as the cache holds; ends when none is active.
+
+    top, processors: see `choose_tokens`.
+    """
     M, B = state.tokens.shape
     capacity = state.caches[0].tokens
     choices = Choice(
@@ -243,21 +287,23 @@ def decode(weights, state: State, steps, *, plan: Plan, top: int) -> tuple[State
 
     def body(carry):
         n, state, emitted = carry
-        state, emitted = _tick(weights, state, emitted, plan, top)
+        state, emitted = _tick(weights, state, emitted, plan, top, processors)
         return n + 1, state, emitted
 
     _, state, emitted = lax.while_loop(more, body, (jnp.int32(0), state, emitted))
     return state, emitted
 
 
-def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tuple[State, Emitted]:
+def _tick(
+    weights, state: State, emitted: Emitted, plan: Plan, top: int, processors: NumberedProcessors
+) -> tuple[State, Emitted]:
     """One micro-batch forward on every stage, and a token for the one that leaves the last."""
     ctx, config = plan.context, plan.config
     M, B = state.tokens.shape
     stage, t = ctx.stage_index(), state.tick
     enters, here, leaves = jnp.mod(t, M), jnp.mod(t - stage, M), jnp.mod(t + 1, M)  # leaves: t - (M - 1)
 
-    x = embed(weights, _of(state.tokens, enters, M), ctx)
+    x = embed(weights, _of(state.tokens, enters, M), ctx, positions=_of(state.lengths, enters, M))
     valid = _of(state.active, enters, M)
     if M > 1:
         x, valid = jnp.where(stage == 0, x, state.hidden), jnp.where(stage == 0, valid, state.valid)
@@ -282,9 +328,22 @@ def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tupl
         # validity travels with the activations: one collective for both
         joined = ctx.from_last_stage(jnp.concatenate([y, valid[:, None].astype(y.dtype)], -1))
         last, accepted = joined[:, :-1], joined[:, -1] > 0
-    sampling = jax.tree.map(lambda a: _of(a, leaves, M), state.sampling)
-    generated, active = _of(state.generated, leaves, M), _of(state.active, leaves, M)
-    choice = choose_tokens(head_logits(weights, last, config, ctx), sampling, generated, ctx, top)
+    # edits are large and seldom used: they, and the history, are taken from the state only where a row asks for them
+    taken = lambda tree: jax.tree.map(lambda a: _of(a, leaves, M), tree)
+    sampling = taken(dataclasses.replace(state.sampling, edits=None))  # type: ignore[arg-type]
+    generated, active, lengths = taken((state.generated, state.active, state.lengths))
+    past = lambda: Past(tokens=taken(state.history), lengths=lengths + 1, edits=taken(state.sampling.edits))
+    choice = choose_tokens(
+        head_logits(weights, last, config, ctx),
+        sampling,
+        generated,
+        past,
+        ctx,
+        vocab=config.vocab,
+        top=top,
+        processors=processors,
+        live=active,
+    )
 
     accepted = accepted & active
     generated = generated + accepted
@@ -292,7 +351,9 @@ def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tupl
     counts = _of(emitted.counts, leaves, M)
     place = jnp.where(accepted, counts, emitted.choices.token.shape[2])  # past the end: dropped
 
-    def emit(whole, value):
+    said = jnp.where(accepted, lengths + 1, state.history.shape[2])
+
+    def emit(whole, value, place=place):
         return whole.at[leaves, jnp.arange(B), place].set(value, mode="drop")
 
     def put(whole, value):
@@ -310,8 +371,9 @@ def _tick(weights, state: State, emitted: Emitted, plan: Plan, top: int) -> tupl
         valid=waiting,
         tick=jnp.mod(t + 1, M),
         tokens=put(state.tokens, jnp.where(accepted, choice.token, _of(state.tokens, leaves, M))),
-        lengths=put(state.lengths, _of(state.lengths, leaves, M) + accepted),
+        lengths=put(state.lengths, lengths + accepted),
         generated=put(state.generated, generated),
+        history=emit(state.history, choice.token, said),
         active=put(state.active, still),
         sampling=state.sampling,
     )
@@ -334,31 +396,54 @@ def forward(weights, tokens, lengths, *, plan: Plan) -> jax.Array:
     return ctx.gather_vocab(logits)[..., : plan.config.vocab]
 
 
-SCORE_CHUNK = 128  # tokens whose logits are in memory at once
+SCORE_CHUNK = 128  # tokens of a row whose logits are in memory at once
+SCORE_TOKENS = 512  # of all rows together, where a row has one at least
 
 
-def score(weights, tokens, lengths, *, plan: Plan) -> Scores:
-    """Log-probability of every token given those before it. tokens int32 [B, T], padded on the right; lengths int32 [B]."""
-    ctx = plan.context
+def _over_tokens(look, weights, x, tokens, plan: Plan):
+    """look(logits [N, V] of this shard, the tokens int32 [N] that follow them) -> a tree of [N, ...], for all tokens but the first of each
+    row, a few at a time: a tree of [B, T, ...], 0 for the first. x float32 [B, T, D], whole on every stage; tokens int32 [B, T]."""
     B, T = tokens.shape
-    x, _ = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)
-    x = ctx.from_last_stage(x)[:, :-1]
-    targets = tokens[:, 1:]
-    chunk = min(SCORE_CHUNK, T - 1)
+    x, targets = x[:, :-1], tokens[:, 1:]
+    chunk = max(1, min(SCORE_CHUNK, SCORE_TOKENS // B, T - 1))
     pad = -(T - 1) % chunk
     x, targets = jnp.pad(x, ((0, 0), (0, pad), (0, 0))), jnp.pad(targets, ((0, 0), (0, pad)))
     split = lambda a: jnp.swapaxes(a.reshape(B, -1, chunk, *a.shape[2:]), 0, 1)
 
     def part(xs):
         h, target = xs
-        logits = head_logits(weights, h.reshape(B * chunk, -1), plan.config, ctx)
-        shards = vocab_shards(ctx, logits.shape[-1])
-        return (
-            log_probs(logits, target.reshape(-1), shards).reshape(B, chunk),
-            argmax(logits, shards).reshape(B, chunk),
-        )
+        found = look(head_logits(weights, h.reshape(B * chunk, -1), plan.config, plan.context), target.reshape(-1))
+        return jax.tree.map(lambda a: a.reshape(B, chunk, *a.shape[1:]), found)
 
-    logprobs, greedy = lax.map(part, (split(x), split(targets)))
-    join = lambda a: jnp.pad(jnp.swapaxes(a, 0, 1).reshape(B, -1)[:, : T - 1], ((0, 0), (1, 0)))
-    real = jnp.arange(T) < lengths[:, None]
-    return Scores(logprobs=jnp.where(real, join(logprobs), 0), greedy=jnp.where(real, join(greedy), 0))
+    def join(a):
+        a = jnp.swapaxes(a, 0, 1).reshape(B, T - 1 + pad, *a.shape[3:])[:, : T - 1]
+        return jnp.pad(a, ((0, 0), (1, 0), *[(0, 0)] * (a.ndim - 2)))
+
+    return jax.tree.map(join, lax.map(part, (split(x), split(targets))))
+
+
+def _prompt_choices(weights, x, tokens, lengths, plan: Plan, top: int) -> Choice:
+    """The tokens of prompts [B, T] as if they had been chosen, with `top` alternatives; 0 for the first of a row and for padding."""
+
+    def look(logits, token):
+        shards = vocab_shards(plan.context, logits.shape[-1])
+        none = (jnp.zeros((*token.shape, 0), jnp.float32), jnp.zeros((*token.shape, 0), jnp.int32))
+        values, ids = top_log_probs(logits, top, shards) if top else none
+        return Choice(token=token, logprob=log_probs(logits, token, shards), top_logprobs=values, top_ids=ids)
+
+    found = dataclasses.replace(_over_tokens(look, weights, x, tokens, plan), token=tokens)
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    return jax.tree.map(lambda a: jnp.where(real.reshape(*real.shape, *[1] * (a.ndim - 2)), a, 0), found)
+
+
+def score(weights, tokens, lengths, *, plan: Plan) -> Scores:
+    """Log-probability of every token given those before it. tokens int32 [B, T], padded on the right; lengths int32 [B]."""
+    x, _ = _pipeline(weights, embed(weights, tokens, plan.context), lengths, plan)
+
+    def look(logits, token):
+        shards = vocab_shards(plan.context, logits.shape[-1])
+        return Scores(logprobs=log_probs(logits, token, shards), greedy=argmax(logits, shards))
+
+    found = _over_tokens(look, weights, plan.context.from_last_stage(x), tokens, plan)
+    real = jnp.arange(tokens.shape[1]) < lengths[:, None]
+    return jax.tree.map(lambda a: jnp.where(real, a, 0), found)

@@ -1,59 +1,352 @@
-"""What an engine will take of each device's memory, before it takes it."""
+"""What an engine will take of each device's memory, before it takes it; and what to do when it was too much.
 
+Weights and cache are counted: the shards that placement cuts, padding and copies included, from the tensors' shapes and formats alone.
+What programs need for a moment is estimated from their largest intermediate arrays.
+"""
+
+import contextlib
 import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import psutil
 from jax.sharding import Mesh
 
-from jaxinfer.config import EngineConfig
-from jaxinfer.errors import MemoryPlanError
-from jaxinfer.placement import Plan
-from pallas_kernels.layer_cache import cache_dtype
+from convert.readers.base import PackedFormat
+from jaxinfer.config import AUTO, EngineConfig
+from jaxinfer.errors import ConfigError, MemoryPlanError, OutOfMemoryError
+from jaxinfer.generation import empty_state
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.decoder import parameters
+from jaxinfer.placement import InMemory, Plan, Readable, _Placer
+from pallas_kernels.layer_cache import INT8, cache_dtype
+from pallas_kernels.qtensor import QTensor
+from sharding.partition import Units
+
+LARGEST_AUTO = {"cpu": 32}  # sequences in a micro-batch that "auto" takes at most; a CPU's cores are busy with fewer
+LARGEST_AUTO_ELSEWHERE = 256
+SCORED_AT_ONCE = 512  # tokens whose logits scoring holds, see generation.score
+FLOAT = 4  # bytes: activations are float32
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class MemoryPlan:
-    """Bytes per device. free: what is there before anything is placed."""
+def amount(n: int) -> str:
+    """Bytes as people read them."""
+    return f"{n / 2**30:.2f} GiB" if n >= 2**27 else f"{n / 2**20:.2f} MiB"
 
-    weights: int
-    cache: int
-    free: int
 
-    def __str__(self) -> str:
-        gib = lambda n: f"{n / 2**30:.2f} GiB"
-        return (
-            f"weights {gib(self.weights)} + cache {gib(self.cache)} = {gib(self.weights + self.cache)} of {gib(self.free)} free"
-        )
+# --- weights
+
+
+def _outline(tensor: Any) -> np.ndarray | QTensor:
+    """An array or QTensor of one byte, in the dtype or format that a tensor of a file, or a parameter in memory, has; nothing is read."""
+    kept = tensor.value if isinstance(tensor, InMemory) else tensor.packed
+    if kept is None or not isinstance(kept, QTensor | PackedFormat):
+        return np.empty((1, 1), tensor.dtype if kept is None else kept.dtype)
+    if isinstance(kept, QTensor):
+        scale, zeros = kept.scales.dtype, None if kept.zeros is None else kept.zeros.dtype
+    else:
+        scale, zeros = kept.scale_dtype, kept.zeros_dtype
+    return QTensor(
+        values=np.empty((1, 1), np.uint8),
+        scales=np.empty((1, 1), scale),
+        zeros=None if zeros is None else np.empty((1, 1), zeros),
+        format=kept.format,
+        group=kept.group,
+        activation=kept.activation,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Outlined:
+    """A tensor as far as placement looks at it to decide how to cut it."""
+
+    shape: tuple[int, ...]
+    outline: np.ndarray | QTensor
+
+    def read(self, units: Any = None) -> np.ndarray | QTensor:
+        return self.outline
+
+
+def _shard_bytes(outline: np.ndarray | QTensor, shape: tuple[int, ...], columns: Units | None, inputs: int) -> int:
+    """Of a shard; columns: how its last axis, of `inputs` before, was cut, since units that are smaller than a group repeat its scale."""
+    values = math.prod(shape)
+    if not isinstance(outline, QTensor):
+        return values * outline.dtype.itemsize
+    if outline.format == "int4_ordered":  # every shard has the scales of all groups, and the group of each of its inputs
+        rows, groups = values // shape[-1], inputs // (outline.group or inputs)
+        parts = [part for part in (outline.scales, outline.zeros) if part is not None]
+        return values // 2 + rows * groups * sum(part.dtype.itemsize for part in parts) + shape[-1] * 4
+    group = outline.group or shape[-1]
+    group = math.gcd(group, columns.size) if columns and outline.group else group
+    per_scale = sum(part.dtype.itemsize for part in (outline.scales, outline.zeros) if part is not None)
+    return (
+        values // outline.shape[-1] + values // group * per_scale
+    )  # its one byte holds as many values as its last axis is long
+
+
+def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan) -> int:
+    """Bytes of weights on each device: all devices hold shards of one size. Reads nothing. Raises MeshError as `place` does."""
+    outlines = {path: _Outlined(tuple(tensor.shape), _outline(tensor)) for path, tensor in tensors.items()}
+    placer = _Placer(outlines, mesh, plan, None)
+    total = 0
+    for path, info in parameters(plan.config).items():
+        _, layer, *_ = (*path.split("."), "")
+        if path.startswith("blocks.") and int(layer) >= plan.slots:  # the first stage is the longest; its slots are everywhere
+            continue
+        units = tuple(placer.units[a][0] if a in placer.units else None for a in info.axes)
+        shape = tuple(n if unit is None else unit.length for n, unit in zip(tensors[path].shape, units, strict=True))
+        total += _shard_bytes(outlines[path].outline, shape, units[-1], tensors[path].shape[-1])
+    return total
+
+
+# --- cache
 
 
 def cache_bytes_per_token(plan: Plan, dtype) -> int:
     """Bytes of keys and values that one token takes on one device."""
     heads, size = len(plan.heads.kv[0]), plan.config.attention.head_dim * jnp.dtype(dtype).itemsize
-    scale = 4 if jnp.dtype(dtype) == jnp.int8 else 0
+    scale = 4 if jnp.dtype(dtype) == INT8 else 0
     return plan.slots * heads * 2 * (size + scale)
 
 
+def state_bytes(plan: Plan, dtype, *, batch: int, tokens: int) -> int:
+    """Bytes on one device of the state of `batch` sequences per micro-batch, each with a cache of `tokens` tokens."""
+    one = jax.eval_shape(lambda: empty_state(plan, batch=1, tokens=tokens, cache_dtype=dtype))
+    return batch * sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(one))
+
+
+# --- what programs need for a moment
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What one device's programs compute with; sizes are of its shard. The estimates are held against compiled programs by tests.
+
+    mlp: columns of what the MLP holds of a token. shard_vocab: of its logits. cached: dtype of the cache. packed: weights are
+    quantised. dequantised: bytes of the largest weight that is made float32 in one piece.
+    """
+
+    stages: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    slots: int
+    embed: int
+    mlp: int
+    vocab: int
+    shard_vocab: int
+    cached: str
+    packed: bool
+    dequantised: int
+
+    def _logits(self, rows: int) -> int:
+        return rows * FLOAT * (2 * self.shard_vocab + 3 * self.vocab)  # sampling looks at the whole vocabulary
+
+    def _forward(self, rows: int, tokens: int) -> int:
+        """Whole rows through the layers."""
+        at_once = rows // self.stages if rows % self.stages == 0 else rows  # of a pipeline's micro-batch
+        scores = 2 * at_once * self.heads * tokens**2 * FLOAT
+        qkv = at_once * tokens * (self.heads + 2 * self.kv_heads) * self.head_dim * FLOAT
+        mlp = at_once * tokens * self.mlp * FLOAT * (3 if self.packed else 1)
+        hidden = rows * tokens * self.embed * FLOAT * (3 if self.stages == 1 else 5)
+        return hidden + qkv + max(scores, mlp) + self.dequantised
+
+    def prefill(self, rows: int, tokens: int) -> int:
+        """Bytes to read `rows` prompts of `tokens` tokens, their fresh caches included."""
+        item = jnp.dtype(self.cached).itemsize
+        fresh = rows * tokens * self.slots * self.kv_heads * self.head_dim * 2 * item
+        return self._forward(rows, tokens) + fresh + self._logits(rows)
+
+    def score(self, rows: int, tokens: int) -> int:
+        """Bytes to score `rows` texts of `tokens` tokens."""
+        return self._forward(rows, tokens) + max(SCORED_AT_ONCE, rows) * self.shard_vocab * FLOAT * 2
+
+    def decode(self, rows: int, tokens: int, reported: int) -> int:
+        """Bytes for a token of `rows` sequences per micro-batch with caches of `tokens`. reported: alternatives told of each token."""
+        scores = 2 * rows * self.heads * tokens * FLOAT
+        copies = 2 * rows * self.kv_heads * tokens * self.head_dim
+        own = copies * jnp.dtype(self.cached).itemsize if self.stages > 1 else 0  # a micro-batch's rows are gathered
+        wide = copies * FLOAT if self.cached == "int8" else 0
+        told = 2 * self.stages * rows * tokens * (8 + 8 * reported)
+        return scores + own + wide + told + self._logits(rows) + self.dequantised
+
+
+def _work(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, cached: str) -> Work:
+    c, heads = plan.config, plan.heads
+    tensor, stages = len(heads.query), plan.context.stages
+    width = -(-c.mlp.width // tensor)
+    shard_vocab = -(-c.vocab // (tensor * stages))
+    layer = [path for path in parameters(c) if path.startswith("blocks.0.")]
+    packed = any(isinstance(_outline(tensors[path]), QTensor) for path in layer)
+    head = "embedding" if c.tied else "head"
+    gates = 2 if c.mlp.gated else 1
+    whole = [shard_vocab * c.embed] if isinstance(_outline(tensors[head]), QTensor) else []
+    whole += [gates * width * c.embed] if packed else []
+    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    return Work(
+        stages=stages,
+        heads=len(heads.query[0]),
+        kv_heads=len(heads.kv[0]),
+        head_dim=c.attention.head_dim,
+        slots=plan.slots,
+        embed=c.embed,
+        mlp=(gates + 1) * width,
+        vocab=c.vocab,
+        shard_vocab=shard_vocab,
+        cached=cached,
+        packed=packed,
+        dequantised=0 if on_cpu else FLOAT * max(whole, default=0),
+    )
+
+
+# --- the plan
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MemoryPlan:
+    """Bytes per device. weights, cache (the state of every slot) and temporary (the most that a program needs beside them).
+
+    free: what is there before anything is placed, of which `fraction` may be taken. micro_batch_size, inference_max_tokens: what the cache
+    is for. slots: sequences per copy of the model. devices: in all.
+    """
+
+    weights: int
+    cache: int
+    free: int
+    temporary: int = 0
+    fraction: float = 1.0
+    micro_batch_size: int = 1
+    inference_max_tokens: int = 0
+    slots: int = 1
+    devices: int = 1
+    work: Work | None = None
+
+    @property
+    def needed(self) -> int:
+        return self.weights + self.cache + self.temporary
+
+    @property
+    def allowed(self) -> int:
+        return int(self.fraction * self.free)
+
+    def prefill_rows(self, tokens: int) -> int:
+        """Prompts of `tokens` tokens to read at once in each copy of the model: a power of two, as many as fit."""
+        room, rows = self.allowed - self.weights - self.cache, 1
+        while self.work and rows < self.slots and self.work.prefill(2 * rows, tokens) <= room:
+            rows *= 2
+        return rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values, `needed` and `allowed` too."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "work"}
+        return values | {"needed": self.needed, "allowed": self.allowed}
+
+    def summary(self) -> str:
+        """In one line."""
+        parts = f"weights {amount(self.weights)} + cache {amount(self.cache)} + temporary {amount(self.temporary)}"
+        return f"{parts} = {amount(self.needed)} of {amount(self.free)} free"
+
+    def __str__(self) -> str:
+        """A table."""
+        tokens = f"{self.slots} sequences of {self.inference_max_tokens} tokens" if self.inference_max_tokens else ""
+        lines = [
+            ("weights", self.weights, ""),
+            ("cache", self.cache, tokens),
+            ("temporary", self.temporary, "the largest program's, estimated"),
+            ("needed", self.needed, "per device" + (f", on {self.devices} devices" if self.devices > 1 else "")),
+            ("allowed", self.allowed, f"{self.fraction:.0%} of {amount(self.free)} free"),
+        ]
+        return "\n".join(f"{name:<10}{amount(size):>12}  {note}".rstrip() for name, size, note in lines)
+
+    def advice(self) -> str:
+        """What to change for less, beginning with what takes most."""
+        batch, tokens = f"micro_batch_size ({self.micro_batch_size})", f"inference_max_tokens ({self.inference_max_tokens})"
+        ways = {
+            self.cache: f"lower {batch} or {tokens}, choose a smaller kv_cache.dtype",
+            self.weights: "choose fewer bits for the weights (quantization)",
+            self.temporary: f"lower {tokens}, whose square the scores of a prompt take, or {batch}",
+        }
+        return "; ".join(text for _, text in sorted(ways.items(), reverse=True)) + "; or use more devices"
+
+
 def free_bytes(mesh: Mesh) -> int:
-    """Free memory of one device; CPU devices share the host's."""
-    device = next(d for d in mesh.devices.flat if d.process_index == jax.process_index())
-    stats = device.memory_stats()
-    if stats and "bytes_limit" in stats:
-        return stats["bytes_limit"] - stats["bytes_in_use"]
-    on_host = sum(d.process_index == jax.process_index() for d in mesh.devices.flat)
-    return psutil.virtual_memory().available // on_host
+    """Free memory of the fullest of this process's devices; CPU devices share the host's."""
+    local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
+    stats = [device.memory_stats() for device in local]
+    if all(s and "bytes_limit" in s for s in stats):
+        return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
+    return _host_free() // len(local)
 
 
-def check_memory(plan: Plan, mesh: Mesh, config: EngineConfig, *, weight_bytes: int) -> MemoryPlan:
-    """The plan for weights of `weight_bytes` in all and a cache for every slot. Raises MemoryPlanError where it does not fit."""
-    tokens = config.inference_max_tokens * config.micro_batch_size * plan.context.stages
-    per_token = cache_bytes_per_token(plan, cache_dtype(config.kv_cache.dtype or config.dtype or "float32"))
-    memory = MemoryPlan(weights=-(-weight_bytes // mesh.devices.size), cache=tokens * per_token, free=free_bytes(mesh))
-    if memory.weights + memory.cache > config.memory_fraction * memory.free:
+def _host_free(root: Path = Path("/sys/fs/cgroup")) -> int:
+    """Free memory of the host, or of the container where that may take less."""
+    free = psutil.virtual_memory().available
+    with contextlib.suppress(OSError, ValueError):  # no limit reads "max"
+        limit, used = (int((root / f"memory.{name}").read_text()) for name in ("max", "current"))
+        lines = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        free = min(free, limit - used + int(lines.get("inactive_file", 0)))  # the page cache is given back when asked for
+    return max(free, 0)
+
+
+def plan_memory(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, config: EngineConfig) -> MemoryPlan:
+    """What weights, a cache for every slot, and the programs will take; reads no weight.
+
+    Its micro_batch_size is the configured one, or for "auto" the largest power of two that fits. Raises MemoryPlanError where it does not
+    fit, and MeshError for a mesh that the weights cannot be cut for.
+    """
+    dtype, tokens, stages = cache_dtype(config.cache_dtype), config.inference_max_tokens, plan.context.stages
+    weights, work = weight_bytes(tensors, mesh, plan), _work(tensors, mesh, plan, config.cache_dtype)
+    free, one = free_bytes(mesh), state_bytes(plan, dtype, batch=1, tokens=tokens)
+
+    def of(batch: int) -> MemoryPlan:
+        reported = config.max_logprobs
+        needs = (work.decode(batch, tokens, reported), work.prefill(1, tokens), work.score(1, tokens))
+        return MemoryPlan(
+            weights=weights,
+            cache=batch * one,
+            temporary=max(needs),
+            free=free,
+            fraction=config.memory_fraction,
+            micro_batch_size=batch,
+            inference_max_tokens=tokens,
+            slots=batch * stages,
+            devices=mesh.devices.size,
+            work=work,
+        )
+
+    if config.micro_batch_size == AUTO:
+        largest = LARGEST_AUTO.get(mesh.devices.flat[0].platform, LARGEST_AUTO_ELSEWHERE)
+        sizes = [2**n for n in range(largest.bit_length() - 1, -1, -1)]
+        memory = next((m for size in sizes if (m := of(size)).needed <= m.allowed), of(1))
+    else:
+        memory = of(config.micro_batch_size)
+    if memory.needed > memory.allowed:
         raise MemoryPlanError(
-            f"{memory} per device, memory_fraction allows {config.memory_fraction:.0%}; lower micro_batch_size "
-            f"({config.micro_batch_size}) or inference_max_tokens ({config.inference_max_tokens}), choose a smaller kv_cache.dtype or "
-            "fewer bits, or use more devices"
+            f"{memory.summary()} per device, memory_fraction allows {config.memory_fraction:.0%}; {memory.advice()}"
         )
     return memory
+
+
+@contextlib.contextmanager
+def explained(memory: MemoryPlan | None) -> Iterator[None]:
+    """What runs inside may run out of memory: raises OutOfMemoryError then, with the plan and what to lower."""
+    try:
+        yield
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        text = str(error).strip()
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in text:
+            raise
+        first = text.splitlines()[0] if text else "no memory is left on the host"
+        planned = f"; the plan was\n{memory}\n{memory.advice()}" if memory else ""
+        raise OutOfMemoryError(f"out of memory: {first}{planned}") from error
+
+
+def check_positions(model: ModelConfig, what: str, tokens: int) -> None:
+    """Raise ConfigError for more tokens than a model with a table of positions has rows for."""
+    if model.learned_positions and tokens > model.max_positions:
+        raise ConfigError(f"{what} is {tokens}, but the model has learned {model.max_positions} positions; lower it to that")

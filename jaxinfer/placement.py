@@ -18,9 +18,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from convert.readers.base import LazyTensor
 from jaxinfer.models.blocks import MLP, Attention
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.decoder import Decoder, DecoderWeights, LayerSpec, LayerWeights, ParameterInfo, layer_spec, parameters
+from jaxinfer.models.decoder import (
+    ENDS,
+    POST_NORMS,
+    Decoder,
+    DecoderWeights,
+    LayerSpec,
+    LayerWeights,
+    ParameterInfo,
+    layer_spec,
+    parameters,
+)
 from pallas_kernels import qtensor
 from pallas_kernels.qtensor import QTensor
 from sharding.context import ParallelContext
@@ -83,7 +94,9 @@ class Plan:
 
     @property
     def layer_spec(self) -> LayerSpec:
-        return layer_spec(self.config, len(self.heads.query[0]) // len(self.heads.kv[0]))
+        stages = range(len(self.counts))
+        slots = [[self.layer(s, i) or 0 for s in stages] for i in range(self.slots)]  # an empty slot's result is not used
+        return layer_spec(self.config, len(self.heads.query[0]) // len(self.heads.kv[0]), slots)
 
     @property
     def cache_heads(self) -> int:
@@ -159,6 +172,11 @@ def place(
     return _Placer(tensors, mesh, make_plan(config, mesh), progress).run()
 
 
+def placed_shapes(tensors: Mapping[str, Readable], mesh: Mesh, *, config: ModelConfig) -> Placed:
+    """What `place` will give, with a ShapeDtypeStruct in place of every array: known before a weight is read."""
+    return _Shapes(tensors, mesh, make_plan(config, mesh), None).run()
+
+
 class _Placer:
     def __init__(self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress):
         self.source, self.mesh, self.plan, self.progress = source, mesh, plan, progress
@@ -189,14 +207,15 @@ class _Placer:
 
     def run(self) -> Placed:
         slots = [self._slot(i) for i in range(self.plan.slots)]
-        names = ("embedding", "norm") + (() if self.plan.config.tied else ("head",))
-        ends: dict[str, Any] = {name: self._arrays(functools.partial(_same, (name,)), staged=False) for name in names}
-        ends.setdefault("head", None)
-        weights = DecoderWeights(layers=tuple(slots), **ends)
+        ends: dict[str, Any] = {
+            name: self._arrays(functools.partial(_same, (name,)), staged=False) if name in self.info else None for name in ENDS
+        }
+        weights = DecoderWeights(layers=tuple(slots), embed_scale=self.plan.config.embed_scale, **ends)
         return Placed(mesh=self.mesh, plan=self.plan, weights=weights, specs=jax.tree.map(lambda a: a.sharding.spec, weights))
 
     def _slot(self, slot: int) -> LayerWeights:
-        """The weights of one slot: for each field of the two half-layer operations, one array or a run of joined ones."""
+        """The weights of one slot: for each field of the two half-layer operations, one array or a run of joined ones; and what the
+        layer has beside them."""
         halves: dict[str, Any] = {}
         for half, block in (("attention", Attention), ("mlp", MLP)):
             prefix = f"blocks.0.{half}."
@@ -206,29 +225,32 @@ class _Placer:
             for field in dataclasses.fields(names):
                 value = getattr(names, field.name)
                 if isinstance(value, tuple):
-                    filled[field.name] = tuple(self._weight(slot, half, run) for run in self._alike(slot, half, value))
+                    whole = [f"{half}.{name}" for name in value]
+                    filled[field.name] = tuple(self._weight(slot, run) for run in self._alike(slot, whole))
                 else:
-                    filled[field.name] = None if value is None else self._weight(slot, half, (value,))
+                    filled[field.name] = None if value is None else self._weight(slot, (f"{half}.{value}",))
             halves[half] = type(names)(**filled)
-        return LayerWeights(**halves)
+        post = {name: self._weight(slot, (name,)) for name in POST_NORMS if f"blocks.0.{name}" in self.info}
+        return LayerWeights(**halves, **post)
 
-    def _paths(self, stage: int, slot: int, half: str, names: Sequence[str]) -> tuple[str, ...] | None:
+    def _paths(self, stage: int, slot: int, names: Sequence[str]) -> tuple[str, ...] | None:
         layer = self.plan.layer(stage, slot)
-        return None if layer is None else tuple(f"blocks.{layer}.{half}.{name}" for name in names)
+        return None if layer is None else tuple(f"blocks.{layer}.{name}" for name in names)
 
-    def _alike(self, slot: int, half: str, names: Sequence[str]) -> list[tuple[str, ...]]:
+    def _alike(self, slot: int, names: Sequence[str]) -> list[tuple[str, ...]]:
         """Neighbours that are stored alike, to be joined into one array."""
         runs: list[tuple[str, ...]] = []
         for name in names:
-            if runs and self._kind(slot, half, runs[-1][-1]) == self._kind(slot, half, name):
+            kind = self._kind(slot, name)
+            if runs and kind.joins and self._kind(slot, runs[-1][-1]) == kind:
                 runs[-1] += (name,)
             else:
                 runs.append((name,))
         return runs
 
-    def _kind(self, slot: int, half: str, name: str) -> "_Kind":
+    def _kind(self, slot: int, name: str) -> "_Kind":
         """How the weight is stored, alike on all stages: they run one program."""
-        paths = [p[0] for s in range(len(self.plan.counts)) if (p := self._paths(s, slot, half, (name,)))]
+        paths = [p[0] for s in range(len(self.plan.counts)) if (p := self._paths(s, slot, (name,)))]
         kinds = {_kind(self.source[path]): path for path in paths}
         if len(kinds) > 1:
             stored = ", ".join(f"{path} as {kind}" for kind, path in kinds.items())
@@ -237,15 +259,15 @@ class _Placer:
             )
         return next(iter(kinds))
 
-    def _weight(self, slot: int, half: str, names: Sequence[str]):
-        kinds = {self._kind(slot, half, name) for name in names}
-        spare = self._kind(0, half, names[0])
+    def _weight(self, slot: int, names: Sequence[str]):
+        kinds = {self._kind(slot, name) for name in names}
+        spare = self._kind(0, names[0])
         if min(self.plan.counts) <= slot and kinds != {spare}:  # an empty slot takes the shape of the stage's first layer
             raise MeshError(
-                f"{half}.{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first"
+                f"{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first"
             )
-        paths = functools.partial(self._paths, slot=slot, half=half, names=names)
-        return self._arrays(paths, staged=True, spare=self._paths(0, 0, half, names) or ())
+        paths = functools.partial(self._paths, slot=slot, names=names)
+        return self._arrays(paths, staged=True, spare=self._paths(0, 0, names) or ())
 
     def _arrays(self, paths: Callable[[int], Sequence[str] | None], *, staged: bool, spare: Sequence[str] = ()):
         """One weight on every device of the mesh that is this process's. paths(stage): the tensors that are joined along their
@@ -261,36 +283,74 @@ class _Placer:
             key = (stage if staged or "vocab" in axes else 0, rank if set(axes) & set(self.units) else 0)
             if key not in shards:
                 names = paths(stage)
-                shard = jax.tree.map(np.zeros_like, self._shard(spare, key)) if names is None else self._shard(names, key)
-                shards[key] = jax.tree.map(lambda a: a[None], shard) if staged else shard
+                shards[key] = self._shard(names or spare, key, empty=names is None)
             devices.append(device)
             local.append(shards[key])
 
         def assemble(*leaves):
+            shape = (1, *leaves[0].shape) if staged else leaves[0].shape
             # a scale per channel has one column, which no shard of the inputs divides
-            entries = [e if n > 1 or i == 0 else None for i, (e, n) in enumerate(zip(mesh_axes, leaves[0].shape, strict=True))]
+            entries = [e if n > 1 or i == 0 else None for i, (e, n) in enumerate(zip(mesh_axes, shape, strict=True))]
             times = [math.prod(self.mesh.shape[m] for m in ((e,) if isinstance(e, str) else e or ())) for e in entries]
-            arrays = [jax.device_put(a, d) for a, d in zip(leaves, devices, strict=True)]
-            shape = tuple(n * t for n, t in zip(leaves[0].shape, times, strict=True))
-            return jax.make_array_from_single_device_arrays(shape, NamedSharding(self.mesh, PartitionSpec(*entries)), arrays)
+            whole = tuple(n * t for n, t in zip(shape, times, strict=True))
+            return self._put(leaves, devices, whole, NamedSharding(self.mesh, PartitionSpec(*entries)))
 
         return jax.tree.map(assemble, *local)
 
-    def _shard(self, names: Sequence[str], key: tuple[int, int]):
-        """What the devices of a (stage, tensor rank) hold of the named tensors, joined along their outputs."""
+    def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):
+        """One array of what each device holds."""
+        own = sharding.shard_shape(shape)
+        arrays = [jax.device_put(a.reshape(own), d) for a, d in zip(leaves, devices, strict=True)]
+        return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+    def _cut(self, name: str, key: tuple[int, int]) -> tuple[Units | None, ...]:
+        """What the devices of a (stage, tensor rank) hold of a tensor, for each of its axes."""
         stage, rank = key
+        index = {"vocab": stage * self.tensor + rank}
+        return tuple(self.units[a][index.get(a, rank)] if a in self.units else None for a in self.info[name].axes)
+
+    def _shard(self, names: Sequence[str], key: tuple[int, int], empty: bool):
+        """What the devices of a (stage, tensor rank) hold of the named tensors, joined along their outputs; zeros where `empty`."""
         parts = []
         for name in names:
-            own = self.info[name].axes
-            index = {"vocab": stage * self.tensor + rank}
-            units = tuple(self.units[a][index.get(a, rank)] if a in self.units else None for a in own)
-            parts.append(self.source[name].read(units))
+            parts.append(self.source[name].read(self._cut(name, key)))
             if self.progress and name not in self.read_names:
                 self.read_names.add(name)
                 self.progress(len(self.read_names), len(self.info), name)
-        if len(parts) == 1:
-            return parts[0]
-        return qtensor.concatenate(parts) if isinstance(parts[0], QTensor) else np.concatenate(parts)  # type: ignore[arg-type]
+        whole = parts[0] if len(parts) == 1 else _joined(parts)
+        return jax.tree.map(np.zeros_like, whole) if empty else whole
+
+
+class _Shapes(_Placer):
+    """Places nothing and reads nothing: every array is a ShapeDtypeStruct with its sharding."""
+
+    def _shard(self, names: Sequence[str], key: tuple[int, int], empty: bool):
+        cuts = [self._cut(name, key) for name in names]
+        count = sum(
+            self.source[name].shape[0] if cut[0] is None else cut[0].length for name, cut in zip(names, cuts, strict=True)
+        )
+        row = _columns(_first_row(self.source[names[0]]), cuts[0][-1] if len(cuts[0]) > 1 else None)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), row)
+        if isinstance(row, QTensor) and row.order is not None:  # one row for all outputs
+            shapes = shapes.replace(order=jax.ShapeDtypeStruct(row.order.shape, row.order.dtype))
+        return shapes
+
+    def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):
+        return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=sharding)
+
+
+def _columns(row: np.ndarray | QTensor, unit: Units | None):
+    """The shard of a row along its last axis, as far as its form goes."""
+    if unit is None:
+        return row
+    if isinstance(row, QTensor):
+        return qtensor.take(row, axis=-1, unit=unit.size, indices=unit.indices)
+    return np.zeros((*row.shape[:-1], unit.length), row.dtype)
+
+
+def _joined(parts: list):
+    """Tensors of one form joined along their outputs."""
+    return qtensor.concatenate(parts) if isinstance(parts[0], QTensor) else np.concatenate(parts)
 
 
 def _same(names: Sequence[str], stage: int) -> Sequence[str]:
@@ -308,13 +368,26 @@ class _Kind:
     activation: qtensor.ActivationQuant | None = None
 
     @property
+    def joins(self) -> bool:
+        """Whether it can be joined with another of its kind: not where each tensor has an order of inputs of its own."""
+        return self.dtype != "int4_ordered"
+
+    @property
     def groups(self) -> tuple[int, ...]:
         """Group sizes along the inputs: of the scales and of the activations' scales."""
         return tuple(g for g in (self.group, self.activation and self.activation.group) if g)
 
 
 def _kind(tensor: Readable) -> _Kind:
-    head = tensor.read((Units(1, (0,)),) + (None,) * (len(tensor.shape) - 1))
+    head = _first_row(tensor)
     if not isinstance(head, QTensor):
         return _Kind(str(head.dtype))
     return _Kind(head.format, head.group, head.zeros is not None, head.activation)
+
+
+def _first_row(tensor: Readable) -> np.ndarray | QTensor:
+    """The first row as `read` gives it, zeros of its form where the tensor describes itself: what a file holds is not read for this."""
+    if not isinstance(tensor, LazyTensor):
+        return tensor.read((Units(1, (0,)),) + (None,) * (len(tensor.shape) - 1))
+    shape = (1, *tensor.shape[1:])
+    return np.zeros(shape, tensor.dtype) if tensor.packed is None else tensor.packed.blank(shape)

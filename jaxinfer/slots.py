@@ -4,8 +4,9 @@ Shapes are few, so that programs are: prompts are padded to a power of two token
 two tokens or one and a half of it, and one decode program serves every number of steps.
 """
 
+import dataclasses
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -13,11 +14,12 @@ import numpy as np
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.generation import State
+from jaxinfer.memory import MemoryPlan, explained
 from jaxinfer.models.decoder import DecoderWeights
 from jaxinfer.placement import Plan
 from jaxinfer.programs import Programs
-from jaxinfer.requests import Request, TokenLogprob
-from jaxinfer.sampling import SamplingArrays
+from jaxinfer.requests import Request, token_logprobs
+from jaxinfer.sampling import NumberedProcessors, Processors, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Emission
 
@@ -54,13 +56,23 @@ class Slot(NamedTuple):
 class Slots:
     """One state, made for the requests at hand, and made larger when more come while some run.
 
-    params: the weights at the time of a call. data: shards of the batch.
+    params: the weights at the time of a call. data: shards of the batch. memory: how many prompts are read together, and what is said when
+    it runs out. processors: the users' functions that requests brought.
     """
 
     def __init__(
-        self, programs: Programs, plan: Plan, config: EngineConfig, params: Callable[[], DecoderWeights], *, data: int
+        self,
+        programs: Programs,
+        plan: Plan,
+        config: EngineConfig,
+        params: Callable[[], DecoderWeights],
+        *,
+        data: int,
+        memory: MemoryPlan | None = None,
     ):
         self.programs, self.plan, self.config, self._params, self._data = programs, plan, config, params, data
+        self.memory = memory
+        self.processors = Processors(plan.config.vocab)
         self.state: State | None = None
         self.batch, self.tokens = 0, 0  # sequences per micro-batch and data shard; tokens of each
         self._sharded = data * plan.context.stages > 1 or bool(plan.context.tensor)
@@ -93,11 +105,13 @@ class Slots:
         return [slot for slot in every if slot not in used]
 
     def group(self, waiting: Sequence[Request], slots: Sequence[Slot]) -> int:
-        """Neighbours in the queue whose prompts are padded to the same size, or one at a time where the batch must not matter."""
+        """Neighbours in the queue whose prompts are padded to the same size, as many as memory holds; or one at a time where the batch must
+        not matter."""
         if self.config.batch_invariant:
             return 1
         widths = [self.prompt_bucket(len(r.prompt)) for r in waiting[: len(slots)]]
-        return next((i for i, width in enumerate(widths) if width != widths[0]), len(widths))
+        alike = next((i for i, width in enumerate(widths) if width != widths[0]), len(widths))
+        return min(alike, self._data * self.memory.prefill_rows(widths[0])) if self.memory else alike
 
     def prompt_bucket(self, tokens: int) -> int:
         return bucket(tokens, SMALLEST_BUCKET, self.config.inference_max_tokens)
@@ -116,28 +130,37 @@ class Slots:
             [r.limit if r else 0 for r in by_row],
             [r.stop_tokens if r else () for r in by_row],
             len(by_row),
+            self.processors,
         )
-        top = self._top(requests.values())
-        prefix = self._run(self.programs.prefill(top), self._params(), tokens, lengths, sampling)
-        self.state = self._run(self.programs.insert(), prefix, self.state, numbers)
-        first = jax.device_get(prefix.first)
+        prompts = self._alternatives(r.params.prompt_logprobs for r in requests.values())
+        read = self.programs.prefill(self._top(requests.values()), prompts, self._used(requests.values()))
+        prefix = self._run(read, self._params(), tokens, lengths, sampling)
+        self.state = self._run(self.programs.insert(), dataclasses.replace(prefix, prompt=None), self.state, numbers)
+        first, prompt = self._get((prefix.first, prefix.prompt))
         out = {}
         for slot, request in requests.items():
-            choice = jax.tree.map(lambda a, i=place[slot]: a[i : i + 1], first)
+            row = place[slot]
+            choice = jax.tree.map(lambda a, row=row: a[row : row + 1], first)
             ended = request.limit <= 1 or int(choice.token[0]) in request.stop_tokens
-            out[slot] = Emission(tokens=choice.token.tolist(), logprobs=_logprobs(choice, request), ended=ended)
+            logprobs = token_logprobs(choice, request.params.logprobs)
+            out[slot] = Emission(tokens=choice.token.tolist(), logprobs=logprobs, ended=ended)
+            if request.params.prompt_logprobs is not None:
+                own = jax.tree.map(lambda a, row=row: a[row], prompt)
+                reported = token_logprobs(own, request.params.prompt_logprobs)
+                request.prompt_logprobs = [None, *reported[1 : len(request.prompt)]]
         return out
 
     def decode(self, running: Mapping[Slot, Request], steps: int) -> Mapping[Slot, Emission]:
-        top = self._top(running.values())
-        self.state, emitted = self._run(self.programs.decode(top), self._params(), self.state, np.int32(steps))
-        emitted = jax.device_get(emitted)
+        run = self.programs.decode(self._top(running.values()), self._used(running.values()))
+        self.state, emitted = self._run(run, self._params(), self.state, np.int32(steps))
+        emitted = self._get(emitted)
         out = {}
         for slot, request in running.items():
             m, b = slot.micro_batch, slot.shard * self.batch + slot.row
             choices = jax.tree.map(lambda a, m=m, b=b: a[m, b, : emitted.counts[m, b]], emitted.choices)
             ended = bool(emitted.done[m, b])
-            out[slot] = Emission(tokens=choices.token.tolist(), logprobs=_logprobs(choices, request), ended=ended)
+            logprobs = token_logprobs(choices, request.params.logprobs)
+            out[slot] = Emission(tokens=choices.token.tolist(), logprobs=logprobs, ended=ended)
         return out
 
     def free(self, slot: Slot) -> None:
@@ -152,15 +175,28 @@ class Slots:
         """Of a slot among those of its data shard, as the programs count them."""
         return slot.micro_batch * self.batch + slot.row
 
-    def _top(self, requests) -> int:
-        """Alternatives that the program reports: none, or as many as any request may ask for."""
-        return self.config.max_logprobs if any(r.params.logprobs for r in requests) else 0
+    def _top(self, requests: Iterable[Request]) -> int:
+        return self._alternatives(r.params.logprobs for r in requests) or 0
+
+    def _alternatives(self, wanted: Iterable[int | None]) -> int | None:
+        """What the program reports of each token: nothing, its log-probability, or as many alternatives as any request may ask for."""
+        numbers = [n for n in wanted if n is not None]
+        return self.config.max_logprobs if any(numbers) else 0 if numbers else None
+
+    def _used(self, requests: Iterable[Request]) -> NumberedProcessors:
+        return self.processors.used(r.params.logits_processor for r in requests)
 
     def _run(self, program: Callable, *arguments):
-        if not self._sharded:
-            return program(*arguments)
-        with COLLECTIVES:
-            return jax.block_until_ready(program(*arguments))
+        with explained(self.memory):
+            if not self._sharded:
+                return program(*arguments)
+            with COLLECTIVES:
+                return jax.block_until_ready(program(*arguments))
+
+    def _get(self, tree):
+        """What a program gave, on the host."""
+        with explained(self.memory):
+            return jax.device_get(tree)
 
 
 def padded(prompts: Mapping[int, Sequence[int]], rows: int, width: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:
@@ -171,18 +207,3 @@ def padded(prompts: Mapping[int, Sequence[int]], rows: int, width: Callable[[int
         tokens[row, : len(prompt)] = prompt
         lengths[row] = len(prompt)
     return tokens, lengths
-
-
-def _logprobs(choices, request: Request) -> list[TokenLogprob]:
-    """What a request reports of its choices, arrays [n] and [n, top]."""
-    wanted = request.params.logprobs
-    if wanted is None:
-        return []
-    return [
-        TokenLogprob(
-            token_id=int(token),
-            logprob=float(choices.logprob[i]),
-            top={int(t): float(p) for t, p in zip(choices.top_ids[i, :wanted], choices.top_logprobs[i, :wanted], strict=True)},
-        )
-        for i, token in enumerate(choices.token)
-    ]

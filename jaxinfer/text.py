@@ -3,120 +3,21 @@
 Runs on the host and imports no jax.
 """
 
-import json
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
-
-import tokenizers
+from typing import TYPE_CHECKING, Any
 
 from jaxinfer.chat import ChatTemplate
-from jaxinfer.detokenize import Pieces, WholePieces, choose_pieces
-from jaxinfer.errors import NoTokenizerError, TextError
+from jaxinfer.detokenize import Pieces
+from jaxinfer.errors import InvalidTextError, NoTokenizerError, TextError
+from jaxinfer.tokenizing import Backend, Fast, Slow, from_transformers
 
 if TYPE_CHECKING:
     from convert.readers.base import TokenizerAssets
 
-# Files of vocabularies that transformers knows to read where there is no tokenizer.json.
-_VOCABULARIES = ("*.model", "vocab.*", "*.tiktoken", "merges.txt", "tokenizer_config.json")
+__all__ = ["NoTokenizerError", "StopMatcher", "StreamDecoder", "Tokenizer"]
 
 # The keys of tokenizer_config.json that name one token each.
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
-
-
-class _Backend(Protocol):
-    """What the two libraries behind a Tokenizer have in common."""
-
-    size: int
-
-    def encode(self, text: str, add_special: bool) -> list[int]: ...
-    def decode(self, ids: list[int], skip_special: bool) -> str: ...
-    def token_to_id(self, token: str) -> int | None: ...
-    def pieces(self, skip_special: bool) -> Pieces: ...
-
-
-class _Fast:
-    """A `tokenizers.Tokenizer`."""
-
-    def __init__(self, tokenizer_json: str, special: Iterable[str]):
-        try:
-            self.tokenizer = tokenizers.Tokenizer.from_str(tokenizer_json)
-        except Exception as error:  # the library raises bare Exception for everything
-            raise NoTokenizerError(f"tokenizer.json cannot be read: {error}; download it again or convert anew") from error
-        # Sentence encoders ship files that cut at 128 tokens and pad to it: a prompt is never cut or padded here.
-        self.tokenizer.no_truncation()
-        self.tokenizer.no_padding()
-        self._mark_special(special)
-        added = self.tokenizer.get_added_tokens_decoder()
-        self.special_ids = frozenset(i for i, token in added.items() if token.special)
-        decoder = self.tokenizer.decoder
-        self._decoder = None if decoder is None else json.loads(decoder.__getstate__())
-        self.size = 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
-
-    def _mark_special(self, special: Iterable[str]) -> None:
-        """Make the tokens that the config names special where tokenizer.json forgot to, keeping how they match."""
-        added = {token.content: token for token in self.tokenizer.get_added_tokens_decoder().values()}
-        for content in special:
-            token = added.get(content)
-            if self.tokenizer.token_to_id(content) is None or (token is not None and token.special):
-                continue
-            token = token or tokenizers.AddedToken(content, normalized=False)
-            token.special = True
-            self.tokenizer.add_special_tokens([token])
-
-    def encode(self, text: str, add_special: bool) -> list[int]:
-        return self.tokenizer.encode(text, add_special_tokens=add_special).ids
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special)
-
-    def token_to_id(self, token: str) -> int | None:
-        return self.tokenizer.token_to_id(token)
-
-    def pieces(self, skip_special: bool) -> Pieces:
-        return choose_pieces(
-            self._decoder,
-            decode=lambda ids: self.decode(ids, skip_special),
-            id_to_token=self.tokenizer.id_to_token,
-            skipped=self.special_ids if skip_special else frozenset(),
-        )
-
-
-class _Slow:
-    """A tokenizer that transformers runs in Python and that has no `tokenizers` form."""
-
-    def __init__(self, tokenizer: Any):
-        self.tokenizer = tokenizer
-        self.size = len(tokenizer)
-
-    def encode(self, text: str, add_special: bool) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=add_special))
-
-    def decode(self, ids: list[int], skip_special: bool) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=skip_special, clean_up_tokenization_spaces=False)
-
-    def token_to_id(self, token: str) -> int | None:
-        return self.tokenizer.get_vocab().get(token)
-
-    def pieces(self, skip_special: bool) -> Pieces:
-        return WholePieces(lambda ids: self.decode(ids, skip_special))
-
-
-def _from_transformers(folder: Path | None) -> Any:
-    """Let transformers read a folder that has vocabulary files of another kind than tokenizer.json."""
-    if folder is None or not any(any(folder.glob(pattern)) for pattern in _VOCABULARIES):
-        raise NoTokenizerError("the checkpoint has no tokenizer; convert it from a source that has one, or pass token ids")
-    import transformers
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its advice is for users of transformers
-        try:
-            return transformers.AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-        except Exception as error:  # a missing package, file or class: each raises another type
-            raise NoTokenizerError(
-                f"{folder} has no tokenizer.json and transformers cannot build a tokenizer from its other files: {error}"
-            ) from error
 
 
 def _content(token: object) -> str | None:
@@ -133,7 +34,7 @@ class Tokenizer:
     eos_ids: every id that ends a text, of generation_config.json and of tokenizer_config.json.
     """
 
-    def __init__(self, backend: _Backend, config: Mapping[str, Any], generation_config: Mapping[str, Any]):
+    def __init__(self, backend: Backend, config: Mapping[str, Any], generation_config: Mapping[str, Any]):
         self._backend = backend
         named = {key: text for key in _NAMED_TOKENS if (text := _content(config.get(key))) is not None}
         self.vocab_size = backend.size
@@ -152,11 +53,11 @@ class Tokenizer:
         """
         config = dict(assets.config)
         if assets.tokenizer_json is not None:
-            return cls(_Fast(assets.tokenizer_json, _special_tokens(config)), config, assets.generation_config)
-        other = _from_transformers(assets.folder)
+            return cls(Fast(assets.tokenizer_json, _special_tokens(config)), config, assets.generation_config)
+        other = from_transformers(assets.folder)
         config = {**{key: getattr(other, key, None) for key in (*_NAMED_TOKENS, "chat_template")}, **config}
         fast = getattr(other, "backend_tokenizer", None)
-        backend = _Slow(other) if fast is None else _Fast(fast.to_str(), _special_tokens(config))
+        backend = Slow(other) if fast is None else Fast(fast.to_str(), _special_tokens(config))
         return cls(backend, config, assets.generation_config)
 
     @staticmethod
@@ -182,17 +83,17 @@ class Tokenizer:
         self._prefix = [self.bos_id] if not self._own_special and first and self.bos_id is not None else []
         self._suffix = [eos] if not self._own_special and last and eos is not None else []
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, *, special_as_text: bool = False) -> list[int]:
         """Token ids of a text, with the model's own first and last tokens unless add_special is False.
 
-        Never cut, never padded. The text of a special token in `text` becomes that token.
+        Never cut, never padded. The text of a special token in `text` becomes that token, or with special_as_text what its characters
+        are otherwise. Raises TextError, and InvalidTextError for what is not Unicode.
         """
         if not isinstance(text, str):
             raise TextError(f"a text must be a str, not {type(text).__name__}; token ids need no encoding")
-        try:
-            ids = self._backend.encode(text, add_special and self._own_special)
-        except (TypeError, UnicodeEncodeError) as error:  # half of a UTF-16 surrogate pair has no UTF-8 form
-            raise TextError(f"the text is not valid Unicode ({text[:40]!a}): {error}") from error
+        _check_unicode(text)
+        encode = self._backend.encode_as_text if special_as_text else self._backend.encode
+        ids = encode(text, add_special and self._own_special)
         return [*self._prefix, *ids, *self._suffix] if add_special else ids
 
     def decode(self, ids: Iterable[int], skip_special: bool = True) -> str:
@@ -208,22 +109,45 @@ class Tokenizer:
     def chat_text(
         self, messages: Sequence[Mapping], *, add_generation_prompt: bool = True, tools: Sequence[Mapping] | None = None
     ) -> str:
-        """A conversation as the text that the model was trained on; see jaxinfer.chat.ChatTemplate.render."""
-        return self._chat.render(messages, add_generation_prompt=add_generation_prompt, tools=tools)
+        """A conversation as the text that the model was trained on; see ChatTemplate.checked for messages and tools."""
+        return self._chat.render(self._chat.checked(messages, tools), add_generation_prompt=add_generation_prompt)
 
     def chat_prompt(
         self, messages: Sequence[Mapping], *, add_generation_prompt: bool = True, tools: Sequence[Mapping] | None = None
     ) -> list[int]:
         """Token ids of a conversation. The template writes its own special tokens: none are added a second time.
 
-        Raises NoChatTemplateError or ChatTemplateError.
+        The ids are those of `chat_text`, but for special tokens in the words of messages and tools (their strings, roles aside), which
+        stay text: "<|im_end|>" in a message ends no turn. Only tokens that the tokenizer calls special are control tokens; others of
+        its added ones (such as <think> where that is one) are read in messages too, because models write them.
+        Raises NoChatTemplateError, ChatTemplateError or InvalidTextError.
         """
-        text = self.chat_text(messages, add_generation_prompt=add_generation_prompt, tools=tools)
-        return self.encode(text, add_special=False)
+        conversation = self._chat.checked(messages, tools)
+        texts = [*conversation.texts()]
+        for text in texts:
+            _check_unicode(text)
+        hidden = self._backend.hidden(texts)
+        if hidden is None:
+            text = self._chat.render(conversation, add_generation_prompt=add_generation_prompt)
+            return self.encode(text, add_special=False)
+        text = self._chat.render(conversation.rewritten(hidden.hide), add_generation_prompt=add_generation_prompt)
+        _check_unicode(text)
+        return hidden.encode(text)
 
     def pieces(self, skip_special: bool = True) -> Pieces:
         """A fresh state for decoding ids while they arrive; StreamDecoder is its front."""
         return self._backend.pieces(skip_special)
+
+
+def _check_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # half of a UTF-16 surrogate pair has no UTF-8 form
+        near = text[max(0, error.start - 10) : error.start + 10]
+        raise InvalidTextError(
+            f"the text is not valid Unicode: it has half of a surrogate pair, {text[error.start]!a}, at {error.start:,} ({near!a}); "
+            "decode it with errors='replace', or leave it out"
+        ) from error
 
 
 def _special_tokens(config: Mapping[str, Any]) -> list[str]:

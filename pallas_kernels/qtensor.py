@@ -1,12 +1,17 @@
 """QTensor: a quantised weight as a pytree of packed arrays, and the lossless ways between its forms.
 
 Shapes: [..., O, I] is a weight with O outputs and I inputs (the contracted axis); leading axes (stage, expert) are free.
-INT8 stores int8 [..., O, I]. INT4 stores uint8 [..., O, I / 2]: inputs are cut into blocks of gcd(group, 32), byte j of a block
-of P holds input j in its low nibble and input j + P/2 in its high nibble, which is GGUF's order, so that its bytes load unchanged.
+Formats of one byte store [..., O, I]. Formats of nibbles store uint8 [..., O, I / 2]: inputs are cut into blocks of gcd(group, 32),
+byte j of a block of P holds input j in its low nibble and input j + P/2 in its high nibble, which is GGUF's order, so that its
+bytes load unchanged. What a byte or a nibble q stands for: `value_formats`.
 
-    zeros is None         w = (q - offset) * scale            offset 0 for int8, 8 for int4
-    zeros is a float      w = q * scale + zeros               (a minimum per group, GGUF Q4_1)
-    zeros is an integer   w = (q - zeros) * scale             (a zero point per group, AWQ and GPTQ)
+    zeros is None         w = value(q) * scale                int8, int4, int4_ordered, fp8, nf4
+    zeros is a float      w = q * scale + zeros               int4: a minimum per group, GGUF Q4_1
+    zeros is an integer   w = (q - zeros) * scale             int4, int4_ordered, uint8: a zero point per group, AWQ and GPTQ
+    mxfp4                 w = value(q) * 2^(scale - 127)      scale uint8 per 32 inputs
+
+Blocks of outputs and inputs that share a scale, as DeepSeek's 128 x 128, are groups of 128 inputs whose scale every output of the
+block repeats: 0.25 bits a weight more, and any cut, join or order of the outputs stays possible.
 
 Everything works on numpy arrays (while loading) and on jax arrays (under jit) alike.
 """
@@ -20,23 +25,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.errors import QuantizationError, ShapeError
+from pallas_kernels.value_formats import (
+    E2M1,
+    E2M1_EXPONENT,
+    FP8_MAX,
+    MX_BIAS,
+    MX_GROUP,
+    VALUE_FORMATS,
+    ValueFormat,
+)
 
-FORMATS = ("int8", "int4")
+FORMATS = tuple(VALUE_FORMATS)
+ROUNDED = tuple(name for name, kind in VALUE_FORMATS.items() if kind.top)  # formats that floats are rounded to
 LAYOUTS = ("canonical", "cpu32", "gpu")
-INT4_OFFSET = 8  # a symmetric nibble 0..15 stands for -8..7
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationQuant:
-    """Dynamic symmetric INT8 quantisation of the inputs of a matmul.
+    """Dynamic symmetric quantisation of the inputs of a matmul.
 
     group: inputs that share a scale (64 by default: no collective under tensor parallelism), or None for one scale a token.
+    format: int8, or fp8 (e4m3) for fp8 weights.
     """
 
     bits: int = 8
     group: int | None = 64
+    format: str = "int8"
 
     def __post_init__(self):
+        if self.format not in ("int8", "fp8"):
+            raise QuantizationError(f"activation format {self.format!r}: int8 and fp8 are supported")
         if self.bits != 8:
             raise QuantizationError(
                 f"activation bits {self.bits}: only 8 is supported; leave activations unquantised otherwise"
@@ -47,16 +65,18 @@ class ActivationQuant:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scales", "zeros"),
+    data_fields=("values", "scales", "zeros", "order"),
     meta_fields=("format", "group", "layout", "activation"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QTensor:
     """A packed weight [..., O, I].
 
-    values: int8 [..., O, I] or uint8 [..., O, I/2]. scales: float [..., O, I/group], or [..., O, 1] per channel.
-    zeros: None, or like scales; see the module for its meaning. group: inputs per scale, None per channel (INT8 only).
-    layout: canonical | cpu32 | gpu, see `repack`. activation: how inputs are quantised in matmuls with this weight, or None.
+    values: [..., O, I], or uint8 [..., O, I/2] of nibbles. scales: float [..., O, I/group], or [..., O, 1] per channel; uint8 for
+    mxfp4. zeros: None, or like scales; see the module for its meaning. group: inputs per scale, None per channel (formats of a
+    byte only). layout: canonical | cpu32 | gpu, see `repack`. activation: how inputs are quantised in matmuls with this weight,
+    or None. order: of int4_ordered only, int32 [..., 1, I], which of the scales [..., O, groups] an input has, -1 for an input of
+    zeros; `group` is then how nibbles are packed. Raises QuantizationError for an activation format that the weights have not.
     """
 
     values: jax.Array | np.ndarray
@@ -66,12 +86,22 @@ class QTensor:
     group: int | None = None
     layout: str = "canonical"
     activation: ActivationQuant | None = None
+    order: jax.Array | np.ndarray | None = None
+
+    def __post_init__(self):
+        if self.activation is not None and self.activation.format == "fp8" and self.format != "fp8":
+            raise QuantizationError(f"fp8 inputs meet fp8 weights only, not {self.format}; use ActivationQuant(format='int8')")
+
+    @property
+    def kind(self) -> ValueFormat:
+        """What its values are. Raises QuantizationError for an unknown format."""
+        return value_format(self.format)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Logical shape [..., O, I] of the weight."""
         v = self.values.shape
-        per_value = 2 if self.format == "int4" else 1
+        per_value = 2 if self.kind.nibbles else 1
         if self.layout == "cpu32":  # [..., O/32, I', 32, c]
             return (*v[:-4], v[-4] * 32, v[-3] * v[-1] * per_value)
         if self.layout == "gpu":  # [..., I', O]
@@ -85,6 +115,13 @@ class QTensor:
 
     def replace(self, **changes) -> "QTensor":
         return dataclasses.replace(self, **changes)
+
+
+def value_format(name: str) -> ValueFormat:
+    """The ValueFormat of a name. Raises QuantizationError."""
+    if name not in VALUE_FORMATS:
+        raise QuantizationError(f"format {name!r} is not one of {', '.join(FORMATS)}")
+    return VALUE_FORMATS[name]
 
 
 def _namespace(x):
@@ -125,46 +162,78 @@ def round_to_nearest(
 ) -> QTensor:
     """Quantise a float weight [..., O, I] by rounding to the nearest level of its channel or group.
 
-    symmetric: scale = max|w| / 127 (int8) or / 7 (int4), levels -127..127 and -7..7; otherwise scale = (max - min) / 15 and a
-    float minimum per group (int4 only). group None is one scale per output channel. scale_dtype: by default float16 for int4
-    and float32 for int8, because small weights have int8 scales below float16's normal range; rounding uses the scale as it is
-    stored. Raises QuantizationError for a format, group or value that does not fit, NaN and infinity included.
+    symmetric: scale = max|w| / top, top being 127 (int8), 7 (int4), 448 (fp8), 1 (nf4); mxfp4: scale = 2^(floor(log2 max|w|) - 2),
+    and values over 6 become 6. Otherwise, for int4 only, scale = (max - min) / 15 and a float minimum per group. group None is one
+    scale per output channel. scale_dtype: by default float16 for int4 and float32 for others, because small weights have int8
+    scales below float16's normal range; rounding uses the scale as it is stored. Raises QuantizationError for a format, group or
+    value that does not fit, NaN and infinity included.
     """
     xp = _namespace(w)
     check_format(format, group, symmetric)
-    inputs = w.shape[-1]
+    kind, inputs = VALUE_FORMATS[format], w.shape[-1]
     size = group or inputs
     if inputs % size:
         raise QuantizationError(f"group {size} does not divide {inputs} inputs; choose one of {divisors(inputs)}")
-    scale_dtype = np.dtype(scale_dtype or default_scale_dtype(format))
+    if format == "mxfp4" and scale_dtype not in (None, np.uint8):
+        raise QuantizationError(f"scales of mxfp4 are exponents of a byte, not {np.dtype(scale_dtype)}")
+    scale_dtype = np.dtype(scale_dtype or kind.scale)
     g = w.reshape(*w.shape[:-1], inputs // size, size).astype(xp.float32)
     low, high = g.min(-1, keepdims=True), g.max(-1, keepdims=True)
     if xp is np:  # under jit the caller checks
         largest = float(np.maximum(np.abs(low), np.abs(high)).max()) if g.size else 0.0
         if not np.isfinite(largest):
             raise QuantizationError("the weight holds NaN or infinity; repair the checkpoint before quantising")
-        if largest / (1 if not symmetric else 127 if format == "int8" else 7) > float(np.finfo(scale_dtype).max):
+        if format != "mxfp4" and largest / (kind.top if symmetric else 1) > float(np.finfo(scale_dtype).max):
             raise QuantizationError(f"values up to {largest:g} do not fit scales of {scale_dtype}; pass scale_dtype=float32")
     zeros = None
-    if symmetric:
-        top = 127 if format == "int8" else 7
-        scales = (xp.maximum(xp.abs(low), xp.abs(high)) / top).astype(scale_dtype)
-        q = xp.clip(xp.rint(_safe_divide(xp, g, scales)), -top, top)
-    else:
+    if not symmetric:
         scales = ((high - low) / 15).astype(scale_dtype)
         zeros = low.astype(scale_dtype)
         q = xp.clip(xp.rint(_safe_divide(xp, g - zeros.astype(xp.float32), scales)), 0, 15)
         zeros = zeros[..., 0]
-    q = q.reshape(w.shape)
-    if format == "int4":
-        q = pack_int4((q + (INT4_OFFSET if symmetric else 0)).astype(xp.uint8), group)
-    values = q.astype(xp.uint8 if format == "int4" else xp.int8)
+    elif format == "mxfp4":
+        # the exponent that the bits of a float32 hold is floor(log2) + 127; log2 itself may be off by one at powers of two
+        exponent = (xp.maximum(xp.abs(low), xp.abs(high)).view(xp.uint32) >> 23).astype(xp.int32)
+        scales = xp.clip(exponent - E2M1_EXPONENT, 1, 254).astype(xp.uint8)  # not 0: 2^-127 is a denormal, which XLA makes 0
+        q = _nearest_entry(xp, g / _exponential(scales), E2M1)
+    else:
+        scales = (xp.maximum(xp.abs(low), xp.abs(high)) / xp.float32(kind.top)).astype(scale_dtype)
+        q = _safe_divide(xp, g, scales)
+        if kind.table is not None:
+            q = _nearest_entry(xp, q, kind.table)
+        elif format == "fp8":
+            q = xp.clip(q, -FP8_MAX, FP8_MAX)
+        else:
+            q = xp.clip(xp.rint(q), -kind.top, kind.top) + kind.offset
+    values = q.reshape(w.shape).astype(kind.dtype)
+    if kind.nibbles:
+        values = pack_int4(values, group)
     return QTensor(values=values, scales=scales[..., 0], zeros=zeros, format=format, group=group, activation=activation)
+
+
+def _nearest_entry(xp, x, table: np.ndarray):
+    """Index of the entry of a table that is nearest; a tie goes to the even index, e2m1's even mantissa."""
+    order = np.argsort(table, kind="stable")
+    # e2m1 holds a zero of either sign; the first one is taken
+    order = order[np.concatenate([[True], np.diff(table[order]) > 0])]
+    middles = (table[order][1:] + table[order][:-1]) / 2
+    # an entry wins the tie at its lower end where its index is even
+    above = xp.searchsorted(middles, x, side="left")
+    tied = xp.searchsorted(middles, x, side="right")
+    place = xp.where(xp.asarray(order)[tied] % 2 == 0, tied, above)
+    return xp.asarray(order)[place]
+
+
+def _exponential(scales):
+    """2^(byte - 127) as float32, exactly: the byte is a float32's own exponent, but for 0, which is no denormal there."""
+    xp = _namespace(scales)
+    power = (scales.astype(xp.uint32) << 23).view(xp.float32)
+    return xp.where(scales == 0, xp.float32(2.0**-MX_BIAS), power)
 
 
 def default_scale_dtype(format: str) -> np.dtype:
     """Dtype of scales where none is asked for."""
-    return np.dtype(np.float32 if format == "int8" else np.float16)
+    return value_format(format).scale
 
 
 def _safe_divide(xp, a, scales):
@@ -173,15 +242,18 @@ def _safe_divide(xp, a, scales):
 
 
 def check_format(format: str, group: int | None, symmetric: bool = True) -> None:
-    """Raise QuantizationError for a combination that does not exist."""
-    if format not in FORMATS:
-        raise QuantizationError(f"format {format!r} is not one of {FORMATS}")
-    if format == "int4" and group is None:
-        raise QuantizationError("int4 needs a group: 32, 64 or 128")
+    """Raise QuantizationError for a combination that floats cannot be rounded to."""
+    if format not in ROUNDED:
+        hint = "; it comes from checkpoints only" if format in FORMATS else ""
+        raise QuantizationError(f"format {format!r} is not one of {ROUNDED}{hint}")
+    if VALUE_FORMATS[format].nibbles and group is None:
+        raise QuantizationError(f"{format} needs a group: {'32' if format == 'mxfp4' else '32, 64 or 128'}")
     if group is not None and (group < 2 or group % 2):
         raise QuantizationError(f"group {group} must be even and positive")
-    if format == "int8" and not symmetric:
-        raise QuantizationError("int8 is symmetric; asymmetric weights exist for int4 only")
+    if format == "mxfp4" and group != MX_GROUP:
+        raise QuantizationError(f"mxfp4 has groups of {MX_GROUP}, not {group}")
+    if format != "int4" and not symmetric:
+        raise QuantizationError(f"{format} is symmetric; asymmetric weights exist for int4 only")
 
 
 def divisors(n: int) -> list[int]:
@@ -190,23 +262,32 @@ def divisors(n: int) -> list[int]:
 
 
 def levels(q: QTensor):
-    """Integer levels [..., O, I] of a canonical QTensor, before scale and zero: int8, or uint8 0..15 for int4."""
-    return q.values if q.format == "int8" else unpack_int4(q.values, q.group)
+    """Stored values [..., O, I] of a canonical QTensor, before scale and zero: nibbles as uint8 0..15."""
+    return unpack_int4(q.values, q.group) if q.kind.nibbles else q.values
 
 
 def dequantize(q: QTensor, dtype=np.float32):
-    """The weight [..., O, I] as floats: exact in float32."""
+    """The weight [..., O, I] as floats: exact in float32, but for mxfp4 weights under 2^-126, which XLA may make zero."""
     q = repack(q, "canonical")
-    xp = _namespace(q.values)
-    n, groups = levels(q).astype(xp.float32), q.scales.shape[-1]
-    n = n.reshape(*n.shape[:-1], groups, -1)
-    scales = q.scales.astype(xp.float32)[..., None]
-    if q.zeros is None:
-        w = (n - (INT4_OFFSET if q.format == "int4" else 0)) * scales
-    elif np.issubdtype(q.zeros.dtype, np.integer):
-        w = (n - q.zeros.astype(xp.float32)[..., None]) * scales
+    xp, kind = _namespace(q.values), q.kind
+    n = levels(q)
+    n = n.astype(xp.float32) if kind.table is None else xp.asarray(kind.table)[n]
+    scales = _exponential(q.scales) if q.format == "mxfp4" else q.scales.astype(xp.float32)
+    zeros = None if q.zeros is None else q.zeros.astype(xp.float32)
+    if q.order is None:
+        n = n.reshape(*n.shape[:-1], scales.shape[-1], -1)
+        spread = lambda a: a[..., None]
     else:
-        w = n * scales + q.zeros.astype(xp.float32)[..., None]
+        order = xp.maximum(q.order, 0)
+        scales = xp.where(q.order < 0, 0, xp.take_along_axis(scales, order, -1))
+        zeros = None if zeros is None else xp.take_along_axis(zeros, order, -1)
+        spread = lambda a: a
+    if zeros is None:
+        w = (n - kind.offset) * spread(scales)
+    elif q.zeros is not None and np.issubdtype(q.zeros.dtype, np.integer):
+        w = (n - spread(zeros)) * spread(scales)
+    else:
+        w = n * spread(scales) + spread(zeros)
     return w.reshape(q.shape).astype(dtype)
 
 
@@ -214,16 +295,18 @@ def repack(q: QTensor, layout: str) -> QTensor:
     """The same weight in another memory layout; lossless.
 
     canonical: [O, I']. gpu: [I', O], outputs innermost, so that neighbouring threads read neighbouring outputs.
-    cpu32: [O/32, I'/c, 32, c] with c 4 (int8, one 32-bit lane of a dot-product instruction) or 1 (int4 bytes), and scales
+    cpu32: [O/32, I'/c, 32, c] with c 4 (bytes, one 32-bit lane of a dot-product instruction) or 1 (nibbles), and scales
     [O/32, groups, 32]: a core reads the weights of 32 outputs as one stream. Needs O to be a multiple of 32.
     """
     if layout not in LAYOUTS:
         raise QuantizationError(f"layout {layout!r} is not one of {LAYOUTS}")
     if layout == q.layout:
         return q
+    if q.order is not None:
+        raise QuantizationError(f"{q.format} has the canonical layout only, because its groups are no runs of inputs")
     if q.layout != "canonical" and layout != "canonical":
         return repack(repack(q, "canonical"), layout)
-    per_lane = 4 if q.format == "int8" else 1
+    per_lane = 1 if q.kind.nibbles else 4
     if layout == "gpu" or q.layout == "gpu":
         return jax.tree.map(lambda a: a.swapaxes(-1, -2), q).replace(layout=layout)
     if layout == "cpu32":
@@ -251,22 +334,28 @@ def regroup(q: QTensor, group: int) -> QTensor:
         raise QuantizationError(f"groups of {q.group} cannot be cut into groups of {group}")
     xp, times = _namespace(q.values), q.group // group
     values = q.values
-    if q.format == "int4" and packing_block(group) != packing_block(q.group):
+    if q.kind.nibbles and packing_block(group) != packing_block(q.group):
         values = pack_int4(unpack_int4(values, q.group), group)
+    if q.order is not None:  # says itself which scale an input has
+        return q.replace(values=values, group=group)
     spread = lambda s: None if s is None else xp.repeat(s, times, -1)
     return q.replace(values=values, scales=spread(q.scales), zeros=spread(q.zeros), group=group)
 
 
 def concatenate(parts, axis: int = -2) -> QTensor:
-    """Join canonical QTensors of one format along their outputs."""
+    """Join canonical QTensors of one format along their outputs. Raises QuantizationError for parts that differ in more than numbers."""
     first = parts[0]
     if any(
         (p.format, p.group, p.layout, p.activation) != (first.format, first.group, first.layout, first.activation)
         for p in parts
     ):
         raise QuantizationError("only weights of one format, group, layout and activation can be joined")
-    xp = _namespace(first.values)
-    return jax.tree.map(lambda *a: xp.concatenate(a, axis), *parts)
+    xp, order = _namespace(first.values), first.order
+    if order is not None:
+        if any(isinstance(p.order, jax.core.Tracer) or not np.array_equal(p.order, order) for p in parts):
+            raise QuantizationError(f"{first.format} weights are joined where their inputs have the same groups only")
+        parts = [p.replace(order=None) for p in parts]
+    return jax.tree.map(lambda *a: xp.concatenate(a, axis), *parts).replace(order=order)
 
 
 def take(q: QTensor, *, axis: int, unit: int, indices) -> QTensor:
@@ -275,18 +364,25 @@ def take(q: QTensor, *, axis: int, unit: int, indices) -> QTensor:
     Units smaller than a group repeat the group's scale (see `regroup`), so any unit that shares an even divisor with the group works.
     """
     indices = np.asarray(indices)
-    if axis == -2:
-        return jax.tree.map(lambda a: _take_padded(a, _spread(indices, unit), -2), q)
+    if axis == -2:  # the order of the inputs is the same for all outputs
+        rows = jax.tree.map(lambda a: _take_padded(a, _spread(indices, unit), -2), q.replace(order=None))
+        return rows.replace(order=q.order)
     if axis != -1:
         raise ShapeError(f"axis {axis}: a QTensor is cut along -2 (outputs) or -1 (inputs)")
+    if q.group is None and q.zeros is not None and (indices < 0).any():
+        raise QuantizationError(f"{q.format} with a zero point per channel has no value for inputs of zeros; it needs groups")
     if q.group is None:
         return q.replace(values=_take_padded(q.values, _spread(indices, unit), -1))
     group = math.gcd(q.group, unit)
     if group % 2:
         raise QuantizationError(f"units of {unit} inputs share no even divisor with groups of {q.group}")
     q = regroup(q, group)
-    per_group = group // 2 if q.format == "int4" else group
-    # a zero unit has scale 0 (and minimum 0), so its levels do not matter
+    per_group = group // 2 if q.kind.nibbles else group
+    if q.order is not None:
+        elements = _spread(indices, unit)
+        order = _take_padded(q.order + 1, elements, -1) - 1  # -1 where there is no input
+        return q.replace(values=_take_padded(q.values, _spread(indices, unit // group * per_group), -1), order=order)
+    # a zero unit has scale 0 (and minimum 0), so its levels do not matter; mxfp4, whose scales are never 0, has the level 0
     return _map_parts(
         q,
         lambda v: _take_padded(v, _spread(indices, unit // group * per_group), -1),

@@ -101,11 +101,13 @@ make_env() {
   local extras=${1:-} folder=${JAXINFER_VENV:-$JAXINFER_ROOT/.venv} key
   new_env "$folder" 3.12 3.14
   folder=$(cd "$folder" && pwd)
-  # The stamp holds what an installation depends on: a second run takes no time, a changed pyproject.toml installs again.
+  # The stamp holds what an installation depends on: a second run takes no time, a changed pyproject.toml or kernel installs again.
   key=$("$folder/bin/python" - "$JAXINFER_ROOT" "$JAXINFER_CONSTRAINTS" <<'PYTHON'
 import hashlib, pathlib, sys
 root, constraints = map(pathlib.Path, sys.argv[1:])
-digest = hashlib.sha256((root / "pyproject.toml").read_bytes() + constraints.read_bytes())
+native = root / "pallas_kernels" / "cpu"  # compiled by the installation
+files = [root / "pyproject.toml", constraints, root / "setup.py", native / "build.py", *sorted((native / "src").iterdir())]
+digest = hashlib.sha256(b"".join(file.read_bytes() for file in files))
 print(digest.hexdigest(), root, sys.version.split()[0])
 PYTHON
   )
@@ -132,7 +134,7 @@ Usage: scripts/env.sh [EXTRAS]
 
 Makes the environment of this checkout (.venv, or the folder named by JAXINFER_VENV) with jaxinfer installed editable, and
 prints its Python. EXTRAS is a comma-separated list such as test or cuda13,test. Finds Python 3.12 to 3.14 by name or among
-pyenv's versions, or gets one with uv from PyPI. Run again, it only checks whether pyproject.toml has changed.
+pyenv's versions, or gets one with uv from PyPI. Run again, it only checks whether pyproject.toml or the native kernels have changed.
 HELP
       exit 0
       ;;

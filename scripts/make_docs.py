@@ -1,7 +1,7 @@
 """Write the tables of docs/ that are made from the code: docs/support.md and docs/errors.md.
 
-    python scripts/make_docs.py            # writes them
-    python scripts/make_docs.py --check    # exit status 1 where one is not what the code says
+python scripts/make_docs.py            # writes them
+python scripts/make_docs.py --check    # exit status 1 where one is not what the code says
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ def support() -> str:
     for module in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
         if module.ispkg:
             importlib.import_module(module.name)
-    lines = ["# What is supported", "", "## Families", "", "| architecture in config.json | what it is | file |", "|---|---|---|"]
+    lines = [
+        "# What is supported",
+        "",
+        "## Families",
+        "",
+        "| architecture in config.json | what it is | file |",
+        "|---|---|---|",
+    ]
     for architecture, family in sorted(families.FAMILIES.items()):
         module = sys.modules[family.config.__module__]
         name = module.__name__.rpartition(".")[2]

@@ -1,4 +1,4 @@
-"""Writes the golden files: what transformers on torch computes for the models of golden_cases.py.
+"""Writes the golden files: what transformers on torch computes for the models of golden_cases/.
 
 Runs in the oracle environment (scripts/oracle_env.sh: torch, transformers, gguf; no jax). For each random case
 tests/golden/<case>.json holds config.json, the names and shapes of the tensors, the seed they are made from, prompts,
@@ -43,14 +43,17 @@ def load(folder: Path) -> torch.nn.Module:
 
 
 def shapes_of(case: Case) -> dict[str, list[int]]:
-    """The tensors that a file of this model holds, by the names of transformers."""
+    """The tensors that a file of this model holds, by the names that the file has for them."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(case.json_config()))
         config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         state = AutoModelForCausalLM.from_config(config).state_dict()
     tied = config.tie_word_embeddings and not case.own_head
-    return {name: list(t.shape) for name, t in state.items() if not (tied and name == "lm_head.weight")}
+    shapes = {name: list(t.shape) for name, t in state.items() if not (tied and name == "lm_head.weight")}
+    return {name.removeprefix(case.strip): shape for name, shape in shapes.items()} | {
+        name: list(shape) for name, shape in case.buffers.items()
+    }
 
 
 def logits_of(model: torch.nn.Module, prompt: list[int]) -> np.ndarray:

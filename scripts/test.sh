@@ -31,6 +31,11 @@ case ${1:-} in
     ;;
 esac
 
+# Where there is a compiler the native kernels must build, and are tested; without one everything runs on XLA.
+if [ -n "${CXX:-}" ] || command -v c++ g++ clang++ >/dev/null; then
+  export JAXINFER_REQUIRE_NATIVE=${JAXINFER_REQUIRE_NATIVE:-1}
+fi
+
 # shellcheck source=scripts/env.sh
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_env test

@@ -18,7 +18,9 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # Small embeddings and small contributions to the residual keep its mean square near 1e-3, so that rms_norm_eps shows
 # in the logits; q and k are larger than usual, so that attention is far from uniform and every rotary angle shows.
-_GAINS = {"q_proj": 1.6, "k_proj": 1.6, "o_proj": 0.05, "down_proj": 0.08}
+_GAINS = {"q_proj": 1.6, "k_proj": 1.6, "o_proj": 0.05, "down_proj": 0.08, "qkv_proj": 1.6, "c_attn": 1.6, "c_proj": 0.4}
+_BIASES = {"c_proj": 0.02, "ln_f": 0.05}  # larger ones would be all that a GPT-2 says, whatever it is given
+_TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # stored as [inputs, outputs]
 
 
 def _near_normal(name: str, size: int, seed: int) -> np.ndarray:
@@ -38,12 +40,13 @@ def make_tensor(name: str, shape: Sequence[int], seed: int) -> np.ndarray:
     noise = _near_normal(name, int(np.prod(shape)), seed).reshape(shape)
     layer, kind = name.split(".")[-2:]
     if kind == "bias":
-        return noise * np.float32(0.2)
-    if "norm" in layer:
+        return noise * np.float32(_BIASES.get(layer, 0.2))
+    if "norm" in layer or layer.startswith("ln_"):
         return 1 + noise * np.float32(0.2)
-    if layer == "embed_tokens":
+    if layer in ("embed_tokens", "wte", "wpe"):
         return noise * np.float32(0.03)
-    return noise * np.float32(_GAINS.get(layer, 1.0) / np.sqrt(shape[-1]))
+    inputs = 1 if not shape else shape[0] if layer in _TRANSPOSED else shape[-1]
+    return noise * np.float32(_GAINS.get(layer, 1.0) / np.sqrt(inputs))
 
 
 def make_tensors(shapes: Mapping[str, Sequence[int]], seed: int) -> dict[str, np.ndarray]:

@@ -74,6 +74,8 @@ def test_the_reference_can_be_built(tmp_path: Path) -> None:
     """pdoc reads every docstring of the public packages."""
     pytest.importorskip("pdoc")
     command = [sys.executable, "-m", "pdoc", "-o", str(tmp_path), "jaxinfer", "pallas_kernels", "sharding", "convert"]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     assert "init_inference" in (tmp_path / "jaxinfer" / "api.html").read_text(encoding="utf-8")

@@ -22,19 +22,31 @@ ARRAYS_ONLY = {"jax", "jaxlib", "jaxtyping", "ml_dtypes", "numpy"}
 
 # Inside jaxinfer a part imports its own row and the rows above it. A new module is given its row here.
 ROWS = [
-    {"compilation", "config", "demo", "errors", "sampling_params"},
-    {"models", "cache", "sampling", "text", "chat", "detokenize"},
+    {
+        "bandwidth",
+        "compilation",
+        "config",
+        "config_schema",
+        "deepspeed",
+        "demo",
+        "errors",
+        "hf_generate",
+        "sampling_params",
+        "values",
+    },
+    {"models", "cache", "sampling", "text", "chat", "disguise", "sandbox", "detokenize", "tokenizing"},
     {"placement"},
     {"quantization"},
     {"generation", "loading", "memory", "requests"},
     {"programs", "scheduler"},
     {"slots"},
-    {"engine"},
-    {"api", "planning"},
+    {"ahead"},
+    {"engine", "executables"},
+    {"api", "measuring", "planning", "profiling"},
     {"cli", "server", "__main__"},
 ]
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts}
-WITHOUT_JAX = {"chat", "demo", "detokenize", "scheduler", "text"}
+WITHOUT_JAX = {"chat", "demo", "detokenize", "disguise", "sandbox", "scheduler", "text", "tokenizing"}
 
 
 def sources(*folders: str) -> list[Path]:

@@ -3,6 +3,7 @@
 Names of llama.cpp's converter, https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -12,12 +13,18 @@ import numpy as np
 
 from convert.errors import UnsupportedFormatError
 
-TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+TOP = {
+    "token_embd": "model.embed_tokens",
+    "position_embd": "model.embed_positions",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+}
 BLOCK = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
     "attn_v": "self_attn.v_proj",
+    "attn_qkv": "self_attn.qkv_proj",
     "attn_output": "self_attn.o_proj",
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
@@ -28,7 +35,62 @@ BLOCK = {
 }
 # architectures whose converter reorders the rows of q and k so that rotary pairs lie side by side
 INTERLEAVED = frozenset({"llama"})
-ARCHITECTURES = {"llama": "LlamaForCausalLM"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How files of one architecture differ from the tables here.
+
+    name: of the architecture in config.json. block, keys: entries in place of those of BLOCK and CONFIG. defaults: keys of config.json
+    that a file does not tell. biases: keys that tell whether these matrices of the first layer have a bias.
+    """
+
+    name: str
+    block: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    keys: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    biases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+_ROTARY = {"rope_theta": 10000.0, "hidden_act": "silu"}
+_ATTENTION_BIAS = {"attention_bias": "self_attn.q_proj"}
+# Matrices are [outputs, inputs] in all of them; in GPT-2's own files they are the other way round.
+ARCHITECTURES = {
+    "llama": Architecture(name="LlamaForCausalLM", defaults=_ROTARY, biases={**_ATTENTION_BIAS, "mlp_bias": "mlp.up_proj"}),
+    "qwen2": Architecture(name="Qwen2ForCausalLM", defaults=_ROTARY),
+    "qwen3": Architecture(name="Qwen3ForCausalLM", defaults=_ROTARY, biases=_ATTENTION_BIAS),
+    "phi3": Architecture(
+        name="Phi3ForCausalLM",
+        block={"ffn_up": "mlp.gate_up_proj"},
+        keys={"rope.scaling.original_context_length": "original_max_position_embeddings"},
+        defaults=_ROTARY,
+    ),
+    "gemma2": Architecture(
+        name="Gemma2ForCausalLM",
+        block={
+            "post_attention_norm": "post_attention_layernorm",
+            "ffn_norm": "pre_feedforward_layernorm",
+            "post_ffw_norm": "post_feedforward_layernorm",
+        },
+        keys={"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"},
+        # its converter adds the norms' unit offset to what it writes
+        defaults={**_ROTARY, "hidden_activation": "gelu_pytorch_tanh", "norm_holds_offset": True},
+        biases=_ATTENTION_BIAS,
+    ),
+    "gpt2": Architecture(
+        name="GPT2LMHeadModel",
+        keys={
+            "context_length": "n_positions",
+            "embedding_length": "n_embd",
+            "block_count": "n_layer",
+            "feed_forward_length": "n_inner",
+            "attention.head_count": "n_head",
+            "attention.layer_norm_epsilon": "layer_norm_epsilon",
+        },
+        defaults={"activation_function": "gelu_new"},
+    ),
+}
+GEMMA2_27B = 46  # layers; the one Gemma 2 whose scores are not scaled by the size of its heads, which no key tells
 
 _NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
 
@@ -55,10 +117,11 @@ YARN_ATTENTION = "rope.scaling.attn_factor"
 UNUSED = ("rope.scaling.finetuned", "tensor_data_layout")  # how the model and the file came to be
 
 
-def canonical_name(name: str) -> str:
-    """The Hugging Face name of a GGUF tensor; a name that is not in the table is passed on as it is."""
+def canonical_name(name: str, architecture: str | None = None) -> str:
+    """The Hugging Face name of a GGUF tensor in a file of this architecture; a name that is not in the table is passed on as it is."""
     match = _NAME.fullmatch(name)
-    table = TOP if match is None or match["layer"] is None else BLOCK
+    own = ARCHITECTURES[architecture].block if architecture in ARCHITECTURES else {}
+    table = TOP if match is None or match["layer"] is None else {**BLOCK, **own}
     if match is None or match["part"] not in table:
         return name
     prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
@@ -87,15 +150,21 @@ def config_from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple
     if not isinstance(architecture, str):
         raise UnsupportedFormatError("the GGUF file has no general.architecture; convert it again with a current llama.cpp")
     own = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
+    if "rope_factors_long.weight" in shapes:
+        raise UnsupportedFormatError(
+            f"the GGUF file of a {architecture} holds longrope factors as tensors, which are not read; use the model's safetensors"
+        )
     config: dict[str, Any] = {"model_type": architecture}
-    if architecture in ARCHITECTURES:
-        config["architectures"] = [ARCHITECTURES[architecture]]
+    known = ARCHITECTURES.get(architecture)
+    keys = {**CONFIG, **known.keys} if known else CONFIG
+    if known:
+        config["architectures"] = [known.name]
         if "attention.head_count" not in own or "embedding_length" not in own:
             raise UnsupportedFormatError(f"the GGUF file has no {architecture}.attention.head_count or .embedding_length")
     yarn = own.get("rope.scaling.type") == "yarn"
     for key, value in own.items():
-        if key in CONFIG:
-            config[CONFIG[key]] = _scalar(value)
+        if key in keys:
+            config[keys[key]] = _scalar(value)
         elif key not in (*HEAD, *ROPE, *UNUSED) and not (yarn and key in (*YARN, YARN_ATTENTION)):
             config[f"{architecture}.{key}"] = value
     if config.get("num_local_experts") == 0:  # written for dense models too
@@ -107,11 +176,14 @@ def config_from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple
         config["rope_scaling"] = scaling
     if "model.embed_tokens.weight" in shapes:
         config["vocab_size"] = shapes["model.embed_tokens.weight"][0]
-    if architecture in ARCHITECTURES:
-        config["hidden_act"] = "silu"
-        config.setdefault("rope_theta", 10000.0)
-        config["attention_bias"] = "model.layers.0.self_attn.q_proj.bias" in shapes
-        config["mlp_bias"] = "model.layers.0.mlp.up_proj.bias" in shapes
+    if known:
+        config = {**known.defaults, **config}
+        config |= {key: f"model.layers.0.{matrix}.bias" in shapes for key, matrix in known.biases.items()}
+    if architecture == "gemma2":
+        per_head = own["embedding_length"] / own["attention.head_count"]
+        config["query_pre_attn_scalar"] = per_head if own.get("block_count") == GEMMA2_27B else config["head_dim"]
+    if config.get("sliding_window") == 0:  # written for models without
+        config["sliding_window"] = None
     config["tie_word_embeddings"] = "lm_head.weight" not in shapes
     for token in ("bos", "eos", "padding"):
         if (value := metadata.get(f"tokenizer.ggml.{token}_token_id")) is not None:

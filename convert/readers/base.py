@@ -16,9 +16,12 @@ import numpy as np
 from convert.errors import ConversionError, TruncatedFileError, UnsupportedFormatError
 from pallas_kernels import qtensor
 from pallas_kernels.qtensor import ActivationQuant, QTensor
+from pallas_kernels.value_formats import VALUE_FORMATS, ValueFormat
 from sharding.partition import Units, gather
 
-CHUNK_BYTES = 8 << 20  # what a read maps or holds beside its result
+# What a read maps or holds beside its result. Pieces of it stay in the second-level cache, and below the size from which malloc takes fresh
+# pages from the system for every array: with 8 MB, page faults were more than half of the time of loading.
+CHUNK_BYTES = 1 << 20
 FLOAT16 = np.dtype(np.float16)
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -29,7 +32,8 @@ type Shard = Sequence[Units | None] | None
 class PackedFormat:
     """How a packed tensor is stored: the meta fields and part dtypes of the QTensor that `read` returns.
 
-    zeros: whether it has zeros. scale_dtype, zeros_dtype: of the parts; zeros_dtype is None without zeros.
+    zeros: whether it has zeros. scale_dtype, zeros_dtype: of the parts; zeros_dtype is None without zeros. Raises
+    QuantizationError for a format that does not exist.
     """
 
     format: str
@@ -38,6 +42,56 @@ class PackedFormat:
     scale_dtype: np.dtype = FLOAT16
     zeros_dtype: np.dtype | None = None
     activation: ActivationQuant | None = None
+
+    def __post_init__(self):
+        qtensor.value_format(self.format)
+
+    @property
+    def kind(self) -> ValueFormat:
+        return VALUE_FORMATS[self.format]
+
+    @property
+    def ordered(self) -> bool:
+        """Whether an array of its own names the group of each input."""
+        return self.format == "int4_ordered"
+
+    def parts(self, shape: Sequence[int]) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of every part of a whole tensor of logical shape `shape`."""
+        *lead, inputs = shape
+        scales = (*lead, inputs // (self.group or inputs))
+        out = {
+            "values": ((*lead, inputs // 2 if self.kind.nibbles else inputs), self.kind.dtype),
+            "scales": (scales, self.scale_dtype),
+        }
+        if self.zeros_dtype is not None:
+            out["zeros"] = (scales, self.zeros_dtype)
+        if self.ordered:
+            out["order"] = ((*lead[:-1], 1, inputs), np.dtype(np.int32))
+        return out
+
+    def nbytes(self, shape: Sequence[int]) -> int:
+        """Bytes of a whole tensor of logical shape `shape`."""
+        return sum(math.prod(part) * dtype.itemsize for part, dtype in self.parts(shape).values())
+
+    def blank(self, shape: Sequence[int]) -> QTensor:
+        """A QTensor of zeros in this form."""
+        return self.tensor(**{name: np.zeros(*part) for name, part in self.parts(shape).items()})
+
+    def tensor(self, **parts: Any) -> QTensor:
+        """The QTensor of these parts."""
+        return QTensor(**parts, format=self.format, group=self.group, activation=self.activation)
+
+    @classmethod
+    def of(cls, q: QTensor) -> "PackedFormat":
+        """The form of a QTensor."""
+        return cls(
+            format=q.format,
+            group=q.group,
+            zeros=q.zeros is not None,
+            scale_dtype=np.dtype(q.scales.dtype),
+            zeros_dtype=None if q.zeros is None else np.dtype(q.zeros.dtype),
+            activation=q.activation,
+        )
 
 
 class LazyTensor(abc.ABC):
@@ -63,12 +117,7 @@ class LazyTensor(abc.ABC):
     @property
     def nbytes(self) -> int:
         """Bytes of the whole tensor as `read` returns it."""
-        if self.packed is None:
-            return math.prod(self.shape) * self.dtype.itemsize
-        per_scale = self.packed.scale_dtype.itemsize + (self.packed.zeros_dtype.itemsize if self.packed.zeros_dtype else 0)
-        bits = 4 if self.packed.format == "int4" else 8
-        scales = math.prod(self.shape[:-1]) * (self.shape[-1] // (self.packed.group or self.shape[-1]))
-        return math.prod(self.shape) * bits // 8 + scales * per_scale
+        return math.prod(self.shape) * self.dtype.itemsize if self.packed is None else self.packed.nbytes(self.shape)
 
     def shard(self, units: Shard) -> tuple[Units | None, ...]:
         """`units` as a tuple with one entry per axis. Raises ConversionError where their number is another."""
@@ -205,6 +254,12 @@ class FileTensor(LazyTensor):
 
     def read(self, units: Shard = None) -> np.ndarray:
         return self._file.read(self._offset, self.dtype, self.shape, self.shard(units))
+
+    def seen_as(self, shape: Sequence[int], dtype: np.dtype) -> "FileTensor":
+        """The same bytes as another array. Raises ConversionError where it takes another number of bytes."""
+        if math.prod(shape) * dtype.itemsize != self.nbytes:
+            raise ConversionError(f"{self.name} has {self.nbytes} bytes, not those of {dtype} {tuple(shape)}")
+        return FileTensor(self.name, shape, dtype, self._file, self._offset)
 
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "pad_token", "unk_token", "sep_token", "cls_token", "mask_token")

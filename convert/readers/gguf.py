@@ -87,7 +87,8 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UnsupportedFormatError(
             f"{path} is one of {header.metadata['split.count']} parts; join them with llama-gguf-split --merge"
         )
-    canonical = {names.canonical_name(name): entry for name, entry in header.tensors.items()}
+    architecture = header.metadata.get("general.architecture")
+    canonical = {names.canonical_name(name, architecture): entry for name, entry in header.tensors.items()}
     raw = {name: _tensor(file, name, *entry) for name, entry in canonical.items()}
     frequencies = raw.pop("rope_freqs.weight", None)
     config = names.config_from_metadata(header.metadata, {name: t.shape for name, t in raw.items()})

@@ -124,24 +124,20 @@ class _NativeQTensor(LazyTensor):
         packed, inputs = self._packed, self.shape[-1]
         cover = cover_columns(columns, packed.group, inputs) if columns and packed.group else None
         read = cover.read if cover else None
-        q = QTensor(
-            values=self._part("values", lead, cover.read if cover else columns),
-            scales=self._part("scales", lead, read),
-            zeros=self._part("zeros", lead, read) if packed.zeros else None,
-            format=packed.format,
-            group=packed.group,
-            activation=packed.activation,
-        )
+        parts = {}
+        for part in packed.parts(self.shape):
+            by_group = packed.ordered and part in ("scales", "zeros")  # those of all groups: a shard may need any of them
+            parts[part] = self._part(part, lead, None if by_group else columns if part == "values" and not cover else read)
+        q = packed.tensor(**parts)
         return cover.cut(q) if cover else q
 
     def _part(self, part: str, lead: list[Units | None], columns: Units | None) -> np.ndarray:
         """One part; `columns` are in inputs of the logical weight, and are whole groups where there are groups."""
-        packed, inputs = self._packed, self.shape[-1]
-        if part == "values":
-            dtype = np.dtype(np.uint8 if packed.format == "int4" else np.int8)
-            per = 2 if packed.format == "int4" else 1
-        else:
-            dtype = packed.zeros_dtype if part == "zeros" and packed.zeros_dtype else packed.scale_dtype
-            per = packed.group or inputs
+        shape, dtype = self._packed.parts(self.shape)[part]
+        per = self.shape[-1] // shape[-1]
         stored = Units(columns.size // per, columns.indices) if columns else None
-        return self._store.read(f"{self.name}/{part}", (*self.shape[:-1], inputs // per), dtype, (*lead, stored))
+        if part == "order":  # one row for all outputs
+            lead = [*lead[:-1], None]
+        if self._packed.format == "fp8" and part == "values":  # stored as bytes
+            return self._store.read(f"{self.name}/{part}", shape, np.dtype(np.uint8), (*lead, stored)).view(dtype)
+        return self._store.read(f"{self.name}/{part}", shape, dtype, (*lead, stored))

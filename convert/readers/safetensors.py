@@ -11,6 +11,7 @@ import ml_dtypes
 import numpy as np
 
 from convert.errors import MissingTensorError, TruncatedFileError, UnsupportedFormatError
+from convert.formats import unpacked
 from convert.readers.base import BFLOAT16, Checkpoint, FileTensor, LazyTensor, MappedFile, read_assets, read_json
 
 DTYPES = {
@@ -35,7 +36,10 @@ INDEX = "model.safetensors.index.json"
 
 
 def open_safetensors(folder: Path) -> Checkpoint:
-    """Open a folder with config.json and model.safetensors, or shards with an index, or any one *.safetensors file."""
+    """Open a folder with config.json and model.safetensors, or shards with an index, or any one *.safetensors file.
+
+    Quantised matrices are packed tensors under their plain names, see convert.formats; the config then has no quantization_config.
+    """
     if not (folder / "config.json").is_file():
         raise UnsupportedFormatError(f"{folder} has no config.json, so its architecture is unknown; add the file")
     config = read_json(folder / "config.json")
@@ -45,6 +49,7 @@ def open_safetensors(folder: Path) -> Checkpoint:
     absent = sorted(read_json(folder / INDEX).get("weight_map", {}).keys() - tensors.keys())
     if absent:
         raise MissingTensorError([f"{name} is named by {INDEX} but is in none of its files" for name in absent], str(folder))
+    config, tensors = unpacked(config, tensors, str(folder / "config.json"))
     return Checkpoint(path=folder, format="safetensors", config=config, tensors=tensors, assets=read_assets(folder, config))
 
 

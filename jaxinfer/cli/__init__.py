@@ -6,15 +6,18 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxinfer.cli import convert, generate, info
+from jaxinfer.cli import bench, chat, compile, convert, generate, info, profile, score
 from jaxinfer.cli.output import note, paint
 from jaxinfer.errors import EXPECTED
 
+COMMANDS = (generate, chat, score, convert, compile, info, bench, profile)
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of the signal, as a shell reports it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and give its exit status: 0, 1 for an expected error, 130 for Ctrl-C. Raises SystemExit(2) for wrong usage."""
+    if getattr(sys.stdout, "errors", None) == "strict":  # an encoding that lacks a character must not end the command
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         try:
             args = _parser().parse_args(arguments)
@@ -50,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         description="Run language models on JAX and XLA: sharded, quantised, from Hugging Face folders, GGUF files or native ones.",
         epilog="""examples:
   jaxinfer generate demo --prompt "The capital of France is" --stream
+  jaxinfer chat demo
+  jaxinfer score demo --text "The capital of France is Paris." --tokens
   jaxinfer info demo
   jaxinfer convert model.gguf model-int8 --quantize int8
   jaxinfer generate --help
@@ -60,6 +65,6 @@ exit status: 0 done, 1 an error that is explained in one message, 2 wrong usage,
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (generate, convert, info):
+    for command in COMMANDS:
         command.add_parser(commands)
     return parser

@@ -1,11 +1,7 @@
 """`jaxinfer info`: what a checkpoint holds, without reading its weights; or what this machine has."""
 
 import argparse
-import importlib
-import importlib.metadata
 import math
-import os
-import platform
 from collections.abc import Iterable
 from typing import Any
 
@@ -28,7 +24,9 @@ def add_parser(commands) -> None:
         allow_abbrev=False,
     )
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="a folder, a .gguf file, a hub id, or demo")
-    parser.add_argument("--system", action="store_true", help="versions, devices, and the implementations of each operation")
+    parser.add_argument(
+        "--system", action="store_true", help="versions, devices, and which implementation of each operation is used, and why"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     parser.set_defaults(run=run, parser=parser)
 
@@ -38,8 +36,10 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("give a SOURCE, or --system")
     start_jax()
     if args.system:
+        from jaxinfer.cli.system import print_system, system_facts
+
         facts = system_facts()
-        print_json(facts) if args.json else _print_system(facts)
+        print_json(facts) if args.json else print_system(facts)
     else:
         facts = source_facts(args.source)
         print_json(facts) if args.json else _print_source(facts)
@@ -62,10 +62,10 @@ def _form(tensor) -> str:
     if packed is None:
         return tensor.dtype.name
     parts = [packed.format, f"group {packed.group}" if packed.group else "per channel"]
-    if packed.zeros:
-        parts.append("with minimum")
+    if packed.zeros_dtype is not None:
+        parts.append("with minimum" if packed.zeros_dtype.kind == "f" else "with zero point")
     if packed.activation:
-        parts.append(f"int8 inputs per {packed.activation.group or 'token'}")
+        parts.append(f"{packed.activation.format} inputs per {packed.activation.group or 'token'}")
     return ", ".join(parts)
 
 
@@ -148,65 +148,3 @@ def _rope(rope: dict[str, Any]) -> str:
     factor = f" by {rope['factor']:g}" if rope["factor"] != 1 else ""
     origin = f" from {rope['original_positions']} tokens" if rope["original_positions"] else ""
     return f"{text}, {rope['kind']} scaling{factor}{origin}"
-
-
-def system_facts() -> dict[str, Any]:
-    """All that `info --system` prints, as JSON values."""
-    import jax
-    import psutil
-
-    registry = _full_registry()
-    memory = psutil.virtual_memory()
-    return {
-        "versions": {"python": platform.python_version()}
-        | {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "flax", "numpy")},
-        "host": {
-            "system": f"{platform.system()} {platform.machine()}",
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "memory_bytes": memory.total,
-            "available_bytes": memory.available,
-        },
-        "backend": jax.default_backend(),
-        "devices": [
-            {
-                "id": device.id,
-                "platform": device.platform,
-                "kind": device.device_kind,
-                "memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
-            }
-            for device in jax.devices()
-        ],
-        "operations": {op: [i.name for i in registry.implementations(op)] for op in registry.operations()},
-    }
-
-
-def _full_registry():
-    """The registry after every operation of pallas_kernels is imported: a room registers its implementations."""
-    import pkgutil
-
-    import pallas_kernels
-    from pallas_kernels import registry
-
-    for module in pkgutil.iter_modules(pallas_kernels.__path__, "pallas_kernels."):
-        if module.ispkg:
-            importlib.import_module(module.name)
-    return registry
-
-
-def _print_system(facts: dict[str, Any]) -> None:
-    host = facts["host"]
-    devices = []
-    for d in facts["devices"]:
-        memory = f", {format_bytes(d['memory_bytes'])}" if d["memory_bytes"] else ""
-        devices.append(f"{d['platform']} {d['id']}: {d['kind']}{memory}")
-    print_fields(
-        {
-            "versions": ", ".join(f"{name} {version}" for name, version in facts["versions"].items()),
-            "host": f"{host['system']}, {host['cores']} cores, {format_bytes(host['available_bytes'])} of "
-            f"{format_bytes(host['memory_bytes'])} memory available",
-            "backend": facts["backend"],
-            "devices": "\n".join(devices),
-        }
-    )
-    print("\noperations (the first implementation that can run is taken)")
-    print_fields({f"  {op}": ", ".join(names) for op, names in facts["operations"].items()})

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,7 +12,8 @@ from typing import Any, TextIO
 
 Progress = Callable[[int, int, str], None]
 
-_COLOURS = {"bold": "1", "red": "1;31"}
+_COLOURS = {"bold": "1", "dim": "2", "red": "1;31", "green": "32", "yellow": "33"}
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # all but tab and newline
 
 
 def is_terminal(stream: TextIO | None) -> bool:
@@ -21,6 +23,11 @@ def is_terminal(stream: TextIO | None) -> bool:
 def paint(text: str, colour: str, stream: TextIO) -> str:
     """The text in a colour, where the stream is a terminal and the user did not set NO_COLOR."""
     return text if os.environ.get("NO_COLOR") or not is_terminal(stream) else f"\033[{_COLOURS[colour]}m{text}\033[0m"
+
+
+def visible(text: str, stream: TextIO) -> str:
+    """The text, with control characters written out where the stream is a terminal, which would obey them."""
+    return _CONTROL.sub(lambda m: m[0].encode("unicode_escape").decode(), text) if is_terminal(stream) else text
 
 
 def note(text: str) -> None:

@@ -53,7 +53,7 @@ class Stats:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         for name in ("total", "prefill", "decode"):
             values[name] = values[name] and values[name].to_dict()
-        return values | {"memory": dataclasses.asdict(self.memory)}
+        return values | {"memory": self.memory.to_dict()}
 
     def print(self) -> None:
         fields = {
@@ -69,17 +69,22 @@ class Stats:
                 if phase.bytes_read:
                     rate = phase.bytes_read / phase.seconds
                     fields[name] += f", {format_bytes(rate)}/s ({format_bytes(self.weight_bytes_per_step)} of weights a step)"
-        fields["memory"] = f"{self.memory} per device"
+        fields["memory"] = f"{self.memory.summary()} per device"
         print_fields(fields, sys.stderr)
 
 
-def measure(engine, results: list, *, load_seconds: float, compile_seconds: float, start: float, seconds: float) -> Stats:
+def measure(
+    engine, results: list, params, *, load_seconds: float, compile_seconds: float, start: float, seconds: float
+) -> Stats:
     """Stats of a finished call of generate or stream. start: perf_counter() when it began; seconds: how long it took."""
+    results = [sample for result in results for sample in (result, *result.alternatives)]
     first = min(r.timings.prefill_seconds for r in results)
-    lengths = [(len(r.prompt_token_ids), len(r.token_ids)) for r in results]
+    echo = lambda r: len(r.prompt_token_ids) if params.echo else 0
+    lengths = [(len(r.prompt_token_ids), len(r.token_ids) - echo(r)) for r in results]
     weights = _weight_bytes(engine)
     prefill = decode = None
-    if len(results) <= engine.config.micro_batch_size * engine.stages:  # all at once: phases do not overlap
+    # all at once: phases do not overlap; and all are here: of best_of some are not
+    if len(results) <= engine.config.micro_batch_size * engine.stages and params.best_of is None:
         prefill = Phase(tokens=sum(p for p, _ in lengths), seconds=max(r.timings.prefill_seconds for r in results))
         decode_seconds, decoded = max(r.timings.decode_seconds for r in results), sum(n - 1 for _, n in lengths)
         if decoded:

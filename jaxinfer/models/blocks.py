@@ -17,14 +17,19 @@ from pallas_kernels.attention_block import AttentionWeights
 from pallas_kernels.mlp_block import MLPWeights
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, int], axes: tuple[str, str], dtype) -> nnx.Param:
-    """A weight [out, in], normal with variance 1 / in. axes: logical names, see sharding.rules."""
+def matrix(rngs: nnx.Rngs, shape: tuple[int, int], axes: tuple[str | None, str], dtype) -> nnx.Param:
+    """A weight [out, in], normal with variance 1 / in. axes: logical names, see sharding.rules; None for one that is never split."""
     value = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(shape[-1])
     return nnx.Param(value.astype(dtype), axes=axes)
 
 
 def vector(fill: float, size: int, axis: str, dtype) -> nnx.Param:
     return nnx.Param(jnp.full((size,), fill, dtype), axes=(axis,))
+
+
+def norm_scale(config: ModelConfig, size: int, axis: str) -> nnx.Param:
+    """A norm's scale that multiplies by one."""
+    return vector(0.0 if config.norm == "rms_offset" else 1.0, size, axis, jnp.float32)
 
 
 class WeightBlock(nnx.Module):
@@ -49,12 +54,14 @@ def _present(*values):
 
 
 class Attention(WeightBlock):
-    """Grouped-query self-attention with rotary positions."""
+    """Grouped-query self-attention."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         a, D = config.attention, config.embed
         q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-        self.norm = vector(1.0, D, "embed", jnp.float32)
+        self.norm = norm_scale(config, D, "embed")
+        if config.norm == "layer":
+            self.norm_bias = vector(0.0, D, "embed", jnp.float32)
         self.q = matrix(rngs, (q, D), ("heads", "embed"), dtype)
         self.k = matrix(rngs, (kv, D), ("kv_heads", "embed"), dtype)
         self.v = matrix(rngs, (kv, D), ("kv_heads", "embed"), dtype)
@@ -65,13 +72,19 @@ class Attention(WeightBlock):
             self.v_bias = vector(0.0, kv, "kv_heads", jnp.float32)
         if a.output_bias:
             self.o_bias = vector(0.0, D, "embed", jnp.float32)
+        if a.qk_norm:
+            self.q_norm = norm_scale(config, a.head_dim, "head_dim")
+            self.k_norm = norm_scale(config, a.head_dim, "head_dim")
 
     @staticmethod
     def build(get) -> AttentionWeights:
         return AttentionWeights(
             norm=get("norm"),
+            norm_bias=get("norm_bias"),
             qkv=_present(get("q"), get("k"), get("v")),
             qkv_bias=_present(get("q_bias"), get("k_bias"), get("v_bias")),
+            q_norm=get("q_norm"),
+            k_norm=get("k_norm"),
             out=get("o"),
             out_bias=get("o_bias"),
         )
@@ -82,7 +95,9 @@ class MLP(WeightBlock):
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         D, F = config.embed, config.mlp.width
-        self.norm = vector(1.0, D, "embed", jnp.float32)
+        self.norm = norm_scale(config, D, "embed")
+        if config.norm == "layer":
+            self.norm_bias = vector(0.0, D, "embed", jnp.float32)
         if config.mlp.gated:
             self.gate = matrix(rngs, (F, D), ("mlp", "embed"), dtype)
         self.up = matrix(rngs, (F, D), ("mlp", "embed"), dtype)
@@ -97,6 +112,7 @@ class MLP(WeightBlock):
     def build(get) -> MLPWeights:
         return MLPWeights(
             norm=get("norm"),
+            norm_bias=get("norm_bias"),
             up=_present(get("gate"), get("up")),
             up_bias=_present(get("gate_bias"), get("up_bias")),
             down=get("down"),

@@ -1,26 +1,34 @@
-"""ModelConfig: everything about an architecture that is fixed when a model is built, composed of small frozen parts."""
+"""ModelConfig: everything about an architecture that is fixed when a model is built, composed of small frozen parts.
+
+Fields that came later have the value that models had before as a default: checkpoints store the configuration by field name.
+"""
 
 import dataclasses
 from typing import Any
 
 from jaxinfer.models.positions import RopeConfig
+from pallas_kernels.norm import KINDS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
-    """heads N, kv_heads K (N a multiple of K), head_dim H. bias: on q, k and v; output_bias: on the output. scale: of the scores."""
+    """heads N, kv_heads K (N a multiple of K), head_dim H. bias: on q, k and v; output_bias: on the output. scale: of the scores.
+    rope: None where heads are not rotated. qk_norm: a norm of each head of q and k before that. soft_cap: of the scores, or None."""
 
     heads: int
     kv_heads: int
     head_dim: int
     scale: float
-    rope: RopeConfig
+    rope: RopeConfig | None
     bias: bool = False
     output_bias: bool = False
+    qk_norm: bool = False
+    soft_cap: float | None = None
 
     def __post_init__(self):
         if self.kv_heads < 1 or self.heads % self.kv_heads:
             raise ValueError(f"{self.heads} query heads are not a multiple of {self.kv_heads} kv heads")
+        _check_soft_cap("the scores' soft cap", self.soft_cap)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -35,7 +43,13 @@ class MLPConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder. vocab V, embed D, layers L. tied: the head is the embedding. max_positions: tokens the model was made for."""
+    """A decoder. vocab V, embed D, layers L. tied: the head is the embedding. max_positions: tokens the model was made for.
+
+    norm: kind of all norms, one of `pallas_kernels.norm.KINDS`; a layer norm has a bias. post_norms: each half layer's result is normed
+    before it is added. windows: keys that a query of each layer sees, its own among them, None for all; () where no layer has a
+    window. embed_scale: factor on embeddings. learned_positions: a table of max_positions rows is added to the embeddings.
+    soft_cap: of the logits, or None. Raises ValueError.
+    """
 
     family: str
     vocab: int
@@ -46,6 +60,23 @@ class ModelConfig:
     norm_eps: float
     tied: bool
     max_positions: int
+    norm: str = "rms"
+    post_norms: bool = False
+    windows: tuple[int | None, ...] = ()
+    embed_scale: float = 1.0
+    learned_positions: bool = False
+    soft_cap: float | None = None
+
+    def __post_init__(self):
+        if self.norm not in KINDS:
+            raise ValueError(f"norm {self.norm!r} is not one of {KINDS}")
+        if self.norm == "layer" and self.post_norms:
+            raise ValueError("norms after half a layer have no bias; norm 'layer' with post_norms is not supported")
+        if self.windows and len(self.windows) != self.layers:
+            raise ValueError(f"{len(self.windows)} windows for {self.layers} layers; give one a layer, or none")
+        if bad := [w for w in self.windows if w is not None and w < 1]:
+            raise ValueError(f"a window of {bad[0]} keys; give at least 1, or None for all")
+        _check_soft_cap("the logits' soft cap", self.soft_cap)
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` gives an equal config back."""
@@ -54,8 +85,18 @@ class ModelConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "ModelConfig":
         """Inverse of `to_dict`. Raises TypeError for a missing or unknown field."""
-        values = dict(values)
-        attention = dict(values.pop("attention"))
-        rope_values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in attention.pop("rope").items()}
-        rope = RopeConfig(**rope_values)
-        return cls(attention=AttentionConfig(rope=rope, **attention), mlp=MLPConfig(**values.pop("mlp")), **values)
+        values = _with_tuples(values)
+        attention, mlp = dict(values.pop("attention")), MLPConfig(**values.pop("mlp"))
+        stored = attention.pop("rope")
+        rope = None if stored is None else RopeConfig(**_with_tuples(stored))
+        return cls(attention=AttentionConfig(rope=rope, **attention), mlp=mlp, **values)
+
+
+def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists; what is compared and hashed here are tuples."""
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _check_soft_cap(what: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ValueError(f"{what} is {value}; give a positive number, or None for none")

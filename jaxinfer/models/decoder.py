@@ -5,67 +5,110 @@ Shapes: B rows, T tokens, D embed, V vocab (of this shard where it is split), R 
 
 import dataclasses
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxinfer.models.blocks import MLP, Attention, matrix, vector
+from jaxinfer.models.blocks import MLP, Attention, matrix, norm_scale, vector
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.positions import rope_angles
 from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
 from pallas_kernels.embedding import embedding
+from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
-from pallas_kernels.norm import rms_norm
+from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul import quant_matmul
 from sharding.context import ALONE, ParallelContext
 
+# What a layer and a decoder hold beside their blocks, by the names of both module and weights.
+POST_NORMS = ("attention_post_norm", "mlp_post_norm")
+ENDS = ("embedding", "positions", "norm", "norm_bias", "head")
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("attention", "mlp"), meta_fields=())
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("attention", "mlp", *POST_NORMS), meta_fields=())
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerWeights:
+    """The weights of a layer. Post norms [D] are of the half layers' results, None for none."""
+
     attention: AttentionWeights
     mlp: MLPWeights
+    attention_post_norm: jax.Array | None = None
+    mlp_post_norm: jax.Array | None = None
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("layers", "embedding", "norm", "head"), meta_fields=())
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("layers", *ENDS), meta_fields=("embed_scale",))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderWeights:
-    """The weights of a decoder as the runtime runs on them. head is None where it is the embedding."""
+    """The weights of a decoder as the runtime runs on them.
+
+    positions: learned positions [P, D] or None. norm_bias: of a layer norm, else None. head: None where it is the embedding.
+    embed_scale: factor on embeddings, fixed when a program is compiled.
+    """
 
     layers: tuple[LayerWeights, ...]
     embedding: jax.Array
+    positions: jax.Array | None = None
     norm: jax.Array
+    norm_bias: jax.Array | None = None
     head: jax.Array | None
+    embed_scale: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What is fixed in a layer when a program is compiled."""
+    """What is fixed in a layer when a program is compiled.
+
+    windows: per layer slot the window of each stage's layer, or None for a model without. They are made operands of the layer, so that
+    layers that differ in them share its program.
+    """
 
     attention: AttentionSpec
     mlp: MLPSpec
+    windows: tuple[tuple[int, ...], ...] | None = None
 
 
-def layer_spec(config: ModelConfig, group: int | None = None) -> LayerSpec:
-    """group: query heads per kv head on a shard; the model's own by default."""
+ALL_KEYS = 2**31 - 1  # the window of a layer that has none, beside layers that have one
+
+
+def layer_spec(config: ModelConfig, group: int | None = None, slots: Sequence[Sequence[int]] | None = None) -> LayerSpec:
+    """group: query heads per kv head on a shard; the model's own by default. slots: for each layer slot the layers that lie in it, one a
+    stage; by default every layer has its own."""
     a, m = config.attention, config.mlp
+    windows = None
+    if config.windows:
+        slots = [(i,) for i in range(config.layers)] if slots is None else slots
+        windows = tuple(tuple(config.windows[i] or ALL_KEYS for i in layers) for layers in slots)
     return LayerSpec(
-        attention=AttentionSpec(head_dim=a.head_dim, group=group or a.heads // a.kv_heads, scale=a.scale, eps=config.norm_eps),
-        mlp=MLPSpec(activation=m.activation, gated=m.gated, eps=config.norm_eps),
+        attention=AttentionSpec(
+            head_dim=a.head_dim,
+            group=group or a.heads // a.kv_heads,
+            scale=a.scale,
+            eps=config.norm_eps,
+            norm=config.norm,
+            soft_cap=a.soft_cap,
+        ),
+        mlp=MLPSpec(activation=m.activation, gated=m.gated, eps=config.norm_eps, norm=config.norm),
+        windows=windows,
     )
 
 
 class Block(nnx.Module):
-    """One pre-norm decoder layer."""
+    """One pre-norm decoder layer, with or without norms of its two results."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
         self.attention = Attention(config, rngs, dtype)
         self.mlp = MLP(config, rngs, dtype)
+        if config.post_norms:
+            self.attention_post_norm = norm_scale(config, config.embed, "embed")
+            self.mlp_post_norm = norm_scale(config, config.embed, "embed")
 
     def weights(self) -> LayerWeights:
-        return LayerWeights(attention=self.attention.weights(), mlp=self.mlp.weights())
+        post = {name: getattr(self, name).get_value() for name in POST_NORMS if hasattr(self, name)}
+        return LayerWeights(attention=self.attention.weights(), mlp=self.mlp.weights(), **post)
 
 
 class Decoder(nnx.Module):
@@ -79,22 +122,28 @@ class Decoder(nnx.Module):
         self.config = config
         self.embedding = matrix(rngs, (config.vocab, config.embed), ("vocab", "embed"), dtype)
         self.blocks = nnx.List([Block(config, rngs, dtype) for _ in range(config.layers)])
-        self.norm = vector(1.0, config.embed, "embed", jnp.float32)
+        self.norm = norm_scale(config, config.embed, "embed")
+        if config.norm == "layer":
+            self.norm_bias = vector(0.0, config.embed, "embed", jnp.float32)
         if not config.tied:
             self.head = matrix(rngs, (config.vocab, config.embed), ("vocab", "embed"), dtype)
+        if config.learned_positions:
+            self.positions = matrix(rngs, (config.max_positions, config.embed), (None, "embed"), dtype)
 
     def weights(self) -> DecoderWeights:
-        head = None if self.config.tied else self.head.get_value()
-        return DecoderWeights(
-            layers=tuple(block.weights() for block in self.blocks),
-            embedding=self.embedding.get_value(),
-            norm=self.norm.get_value(),
-            head=head,
-        )
+        ends: dict[str, Any] = {name: getattr(self, name).get_value() if hasattr(self, name) else None for name in ENDS}
+        layers = tuple(block.weights() for block in self.blocks)
+        return DecoderWeights(layers=layers, embed_scale=self.config.embed_scale, **ends)
 
     def __call__(self, input_ids, *, lengths=None):
-        """Logits float32 [B, T, V] of int32 tokens [B, T]; rows are padded on the right to T, lengths int32 [B] (T by default)."""
+        """Logits float32 [B, T, V] of int32 tokens [B, T]; rows are padded on the right to T, lengths int32 [B] (T by default).
+
+        Raises ShapeError for more tokens than there are learned positions.
+        """
         B, T = input_ids.shape
+        limit = self.config.max_positions
+        if self.config.learned_positions and limit < T:
+            raise ShapeError(f"rows of {T} tokens, but the model has learned {limit} positions; give fewer tokens")
         lengths = jnp.full((B,), T, jnp.int32) if lengths is None else lengths
         weights = self.weights()
         x, _ = prefill_layers(weights.layers, embed(weights, input_ids), lengths, self.config, layer_spec(self.config))
@@ -103,16 +152,16 @@ class Decoder(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterInfo:
-    """What a parameter is before it has a value: its shape [out, in] or [size], and its logical axes."""
+    """What a parameter is before it has a value: its shape [out, in] or [size], and its logical axes, None for one never split."""
 
     shape: tuple[int, ...]
-    axes: tuple[str, ...]
+    axes: tuple[str | None, ...]
 
 
 @functools.lru_cache(maxsize=8)
 def parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
     """Module path -> ParameterInfo of every parameter of a Decoder. All layers are alike, so one is built, abstractly."""
-    one = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, layers=1)))
+    one = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, layers=1, windows=())))
     out: dict[str, ParameterInfo] = {}
     for path, p in nnx.to_flat_state(nnx.state(one, nnx.Param)):
         info = ParameterInfo(shape=p.get_value().shape, axes=p.get_metadata("axes"))
@@ -127,19 +176,35 @@ def parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
 # --- the forward pass, for one shard
 
 
-def embed(weights: DecoderWeights, ids, ctx: ParallelContext = ALONE):
-    """Embeddings float32 [..., D] of int32 ids; one all-reduce where the vocabulary is split."""
+def embed(weights: DecoderWeights, ids, ctx: ParallelContext = ALONE, *, positions=None):
+    """Embeddings float32 [..., D] of int32 ids; one all-reduce where the vocabulary is split.
+
+    positions: int32 in the shape of ids, read by models with learned positions only; of whole rows [B, T] they are 0..T-1 by default.
+    Past the table, where only padding lies, nothing is added.
+    """
     with jax.named_scope("embed"):
         first = ctx.vocab_index() * weights.embedding.shape[0]
-        return ctx.leave_vocab(embedding(weights.embedding, ids, first=first))
+        x = ctx.leave_vocab(embedding(weights.embedding, ids, first=first))
+        if weights.embed_scale != 1.0:
+            x = x * weights.embed_scale
+        if weights.positions is None:
+            return x
+        if positions is None:
+            if ids.ndim != 2:
+                raise ShapeError(f"embed: ids {list(ids.shape)} are no whole rows [B, T]; give their positions")
+            positions = jnp.arange(ids.shape[1], dtype=jnp.int32)
+        return x + embedding(weights.positions, positions)
 
 
 def head_logits(weights: DecoderWeights, x, config: ModelConfig, ctx: ParallelContext = ALONE):
     """Logits float32 [..., V] of this shard's part of the vocabulary; entries past the model's vocabulary are -inf."""
     with jax.named_scope("head"):
         table = weights.embedding if weights.head is None else weights.head
-        n = rms_norm(ctx.enter_vocab(x), ctx.enter_vocab(weights.norm), eps=config.norm_eps)
+        bias = None if weights.norm_bias is None else ctx.enter_vocab(weights.norm_bias)
+        n = norm(ctx.enter_vocab(x), ctx.enter_vocab(weights.norm), bias, kind=config.norm, eps=config.norm_eps)
         logits = quant_matmul(n, table)
+        if config.soft_cap is not None:
+            logits = config.soft_cap * jnp.tanh(logits / config.soft_cap)
         if not ctx.vocab:
             return logits
         ids = ctx.vocab_index() * logits.shape[-1] + jnp.arange(logits.shape[-1])
@@ -147,14 +212,25 @@ def head_logits(weights: DecoderWeights, x, config: ModelConfig, ctx: ParallelCo
 
 
 @functools.partial(jax.jit, static_argnames=("spec", "ctx"))
-def layer(weights: LayerWeights, x, cache, angles, positions, rows, *, spec: LayerSpec, ctx: ParallelContext):
-    """One layer: x float32 [B, T, D] -> ([B, T, D], cache). Two all-reduces under tensor parallelism.
+def layer(weights: LayerWeights, x, cache, angles, positions, rows, window=None, *, spec: LayerSpec, ctx: ParallelContext):
+    """One layer: x float32 [B, T, D] -> ([B, T, D], cache). Two all-reduces under tensor parallelism. window: int32 scalar or None.
 
-    Jitted of its own, so that equal layers are traced once.
+    Jitted of its own, so that equal layers are traced once. Without post norms the residual goes into the reduction, on one rank;
+    with them it is added to the normed sum, which every rank holds whole.
     """
+    x, cache = attention_half(weights, x, cache, angles, positions, rows, window, spec=spec, ctx=ctx)
+    return mlp_half(weights, x, spec=spec, ctx=ctx), cache
+
+
+def attention_half(
+    weights: LayerWeights, x, cache, angles, positions, rows, window=None, *, spec: LayerSpec, ctx: ParallelContext
+):
+    """The attention of a layer with its residual: x -> (x, cache), see `layer`."""
     with jax.named_scope("attention_block"):
-        a, entered = weights.attention, ctx.enter(x)
-        own = dataclasses.replace(a, norm=ctx.enter(a.norm), out_bias=ctx.on_first_rank(ctx.enter(a.out_bias)))
+        a, post, entered = weights.attention, weights.attention_post_norm, ctx.enter(x)
+        # what every shard holds and uses for its own heads: its gradient is summed over them
+        shared = {name: ctx.enter(getattr(a, name)) for name in ("norm", "norm_bias", "q_norm", "k_norm")}
+        own = dataclasses.replace(a, out_bias=ctx.on_first_rank(ctx.enter(a.out_bias)), **shared)
         y, cache = attention_block(
             entered,
             own,
@@ -163,16 +239,35 @@ def layer(weights: LayerWeights, x, cache, angles, positions, rows, *, spec: Lay
             angles=angles,
             positions=positions,
             rows=rows,
-            residual=ctx.on_first_rank(entered),
+            residual=ctx.on_first_rank(entered) if post is None else None,
+            window=window,
             max_over_shards=ctx.max_over_tensor,
         )
-        x = ctx.leave(y)
+        return _after(x, ctx.leave(y), post, spec.attention), cache
+
+
+def mlp_half(weights: LayerWeights, x, *, spec: LayerSpec, ctx: ParallelContext):
+    """The MLP of a layer with its residual: x -> x, see `layer`."""
     with jax.named_scope("mlp_block"):
-        m, entered = weights.mlp, ctx.enter(x)
-        mine = dataclasses.replace(m, norm=ctx.enter(m.norm), down_bias=ctx.on_first_rank(ctx.enter(m.down_bias)))
-        residual = ctx.on_first_rank(entered)
-        x = ctx.leave(mlp_block(entered, mine, spec=spec.mlp, residual=residual, max_over_shards=ctx.max_over_tensor))
-    return x, cache
+        m, post, entered = weights.mlp, weights.mlp_post_norm, ctx.enter(x)
+        shared = {name: ctx.enter(getattr(m, name)) for name in ("norm", "norm_bias")}
+        mine = dataclasses.replace(m, down_bias=ctx.on_first_rank(ctx.enter(m.down_bias)), **shared)
+        residual = ctx.on_first_rank(entered) if post is None else None
+        y = mlp_block(entered, mine, spec=spec.mlp, residual=residual, max_over_shards=ctx.max_over_tensor)
+        return _after(x, ctx.leave(y), post, spec.mlp)
+
+
+def _after(x, y, post_norm, spec: AttentionSpec | MLPSpec):
+    """What follows a half layer's sum `y`: nothing where it holds the residual, else its norm and the residual `x`."""
+    return y if post_norm is None else x + norm(y, post_norm, kind=spec.norm, eps=spec.eps)
+
+
+def slot_window(spec: LayerSpec, slot: int, ctx: ParallelContext):
+    """The window of this stage's layer in a slot, int32 scalar, or None."""
+    if spec.windows is None:
+        return None
+    stages = spec.windows[slot]
+    return jnp.int32(stages[0]) if len(set(stages)) == 1 else jnp.asarray(stages, jnp.int32)[ctx.stage_index()]
 
 
 def prefill_layers(
@@ -184,11 +279,11 @@ def prefill_layers(
     """
     B, T, _ = x.shape
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
-    angles = rope_angles(config.attention.rope, positions, lengths)
+    angles = config.attention.rope and rope_angles(config.attention.rope, positions, lengths)
     caches = []
     for i, weights in enumerate(layers):
         with jax.named_scope(f"layer_{i}"):
-            y, cache = layer(weights, x, None, angles, positions, None, spec=spec, ctx=ctx)
+            y, cache = layer(weights, x, None, angles, positions, None, slot_window(spec, i, ctx), spec=spec, ctx=ctx)
             x = y if used is None else jnp.where(used[i], y, x)
             caches.append(cache)
     return x, tuple(caches)
@@ -203,11 +298,11 @@ def cached_layers(
     passes x on. Every token is written, also those of sequences that have ended and of unused slots: nothing reads these, and what
     comes to a position next writes it first. A masked write would cost copies of the cache.
     """
-    angles = rope_angles(config.attention.rope, positions, positions[:, -1] + 1)
+    angles = config.attention.rope and rope_angles(config.attention.rope, positions, positions[:, -1] + 1)
     new = []
     for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
         with jax.named_scope(f"layer_{i}"):
-            y, cache = layer(weights, x, cache, angles, positions, rows, spec=spec, ctx=ctx)
+            y, cache = layer(weights, x, cache, angles, positions, rows, slot_window(spec, i, ctx), spec=spec, ctx=ctx)
             x = y if used is None else jnp.where(used[i], y, x)
             new.append(cache)
     return x, tuple(new)

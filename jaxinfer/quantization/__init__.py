@@ -1,5 +1,6 @@
-"""Which weight is quantised how."""
+"""Which weight is quantised how, and what that takes."""
 
 from jaxinfer.quantization.policy import stored_as
+from jaxinfer.quantization.report import MemoryReport, TensorBytes, memory_report
 
-__all__ = ["stored_as"]
+__all__ = ["MemoryReport", "TensorBytes", "memory_report", "stored_as"]

@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 
-from convert.load import QuantSpec, as_float, cast, checked, quantized
+from convert.load import QuantSpec, as_float, cast, checked, quantized, with_activation
 from convert.readers.base import LazyTensor, dtype_named
 from jaxinfer.config import QuantizationConfig
 from jaxinfer.models.decoder import ParameterInfo
@@ -26,18 +26,27 @@ def stored_as(
     out = {}
     for path, tensor in tensors.items():
         axes = parameters[path].axes
-        if len(axes) == 1:
+        if len(axes) == 1 or (axes[0] is None and dtype is None):
             out[path] = cast(as_float(tensor), "float32")
         elif quantization is not None and quantization.enabled:
             out[path] = _quantized(path, tensor, axes, quantization, head_dim)
         elif dtype is not None:
             out[path] = cast(as_float(tensor), dtype_named(dtype))
         else:
-            out[path] = checked(tensor)
+            out[path] = _kept(tensor, axes, head_dim)
     return out
 
 
-def _quantized(path: str, tensor: LazyTensor, axes: tuple[str, ...], q: QuantizationConfig, head_dim: int) -> LazyTensor:
+def _kept(tensor: LazyTensor, axes: tuple[str | None, ...], head_dim: int) -> LazyTensor:
+    activation = tensor.packed and tensor.packed.activation
+    if not activation:
+        return checked(tensor)
+    return with_activation(tensor, _fitted(activation, head_dim if axes[-1] == "heads" else tensor.shape[-1]))
+
+
+def _quantized(path: str, tensor: LazyTensor, axes: tuple[str | None, ...], q: QuantizationConfig, head_dim: int) -> LazyTensor:
+    if axes[0] is None:  # learned positions: a table that is read, not multiplied
+        return as_float(tensor)
     inputs = tensor.shape[-1]
     activation = q.activation and _fitted(q.activation, head_dim if axes[-1] == "heads" else inputs)
     if axes[0] == "vocab":

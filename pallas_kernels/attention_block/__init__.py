@@ -1,4 +1,4 @@
-"""Half a layer as one operation: norm, q/k/v, rotary, cache write, attention, output, residual."""
+"""Half a layer as one operation: norm, q/k/v, norms of q and k, rotary, cache write, attention, output, residual."""
 
 import dataclasses
 import functools
@@ -7,37 +7,56 @@ from collections.abc import Callable
 import jax
 
 from pallas_kernels.attention_block import reference
+from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
+from pallas_kernels.norm import KINDS
 from pallas_kernels.registry import choose, register
 
 register("attention_block", "reference", reference.attention_block)
+register(
+    "attention_block",
+    "native",
+    native.attention_block,
+    supports=native.supports_attention_block,
+    priority=native.PRIORITY,
+)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("norm", "qkv", "qkv_bias", "out", "out_bias"), meta_fields=())
+_FIELDS = ("norm", "norm_bias", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=())
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionWeights:
     """Weights of the half layer, as arrays or QTensors [out, in].
 
-    norm [D]. qkv: (q [N*H, D], k [K*H, D], v [K*H, D]), or neighbours joined along their outputs down to one array: fewer and larger
-    matmuls. qkv_bias: the same parts as vectors, or (). out [D, N*H]; out_bias [D] or None.
+    norm [D]; norm_bias [D] or None, of a layer norm. qkv: (q [N*H, D], k [K*H, D], v [K*H, D]), or neighbours joined along their
+    outputs down to one array: fewer and larger matmuls. qkv_bias: the same parts as vectors, or (). q_norm, k_norm: [H], scales of the
+    norm of every head of q and k, or None for neither. out [D, N*H]; out_bias [D] or None.
     """
 
     norm: jax.Array
+    norm_bias: jax.Array | None = None
     qkv: tuple
     qkv_bias: tuple
+    q_norm: jax.Array | None = None
+    k_norm: jax.Array | None = None
     out: jax.Array
     out_bias: jax.Array | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
-    """What is fixed when a program is compiled. group: query heads per kv head on this shard."""
+    """What is fixed when a program is compiled. group: query heads per kv head on this shard. scale, soft_cap: of the scores, see
+    `attention`. norm: one of `norm.KINDS`, of x and of the heads of q and k alike; eps: theirs."""
 
     head_dim: int
     group: int
     scale: float
     eps: float
+    norm: str = "rms"
+    soft_cap: float | None = None
 
 
 def attention_block(
@@ -46,23 +65,27 @@ def attention_block(
     cache: LayerCache | None,
     *,
     spec: AttentionSpec,
-    angles: tuple[jax.Array, jax.Array],
+    angles: tuple[jax.Array, jax.Array] | None,
     positions,
     rows=None,
     write=None,
     residual=None,
+    window: jax.Array | None = None,
     max_over_shards: Callable | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """The attention half of a pre-norm decoder layer, for one tensor shard.
 
-        y = residual + W_o attention(rope(W_q n), rope(W_k n), W_v n) + b_o,     n = rms_norm(x)
+        y = residual + W_o attention(rope(norm(W_q n + b_q)), rope(norm(W_k n + b_k)), W_v n + b_v) + b_o,     n = norm(x)
 
     x: float32 [B, T, D]. cache: what keys and values are written to and attended over, or None: the tokens attend to each other and
-    their fresh cache [B, K, T, H] comes back. angles: cos and sin, float32 [B, T, R/2]. positions: int32 [B, T]. rows, write: see
-    `rope_cache`. residual: float32 [B, T, D] or None; under tensor parallelism y is a partial sum, so only one shard passes it (and
-    out_bias). max_over_shards: see `quant_matmul`. Returns y, float32 [B, T, D], and the cache. Raises ShapeError.
+    their fresh cache [B, K, T, H] comes back. angles: cos and sin, float32 [B, T, R/2], or None for no rotation. positions: int32
+    [B, T]. rows, write: see `rope_cache`. residual: float32 [B, T, D] or None; under tensor parallelism y is a partial sum, so only
+    one shard passes it (and out_bias). window: int32 scalar or None, see `attention`. max_over_shards: see `quant_matmul`.
+    Returns y, float32 [B, T, D], and the cache. Raises ShapeError.
     """
+    if spec.norm not in KINDS:
+        raise ShapeError(f"attention_block: norm {spec.norm!r} is not one of {KINDS}")
     if x.ndim != 3 or weights.norm.shape != x.shape[-1:]:
         raise ShapeError(
             f"attention_block: x must be [B, T, D] with D as the norm's, got {list(x.shape)} and {list(weights.norm.shape)}"
@@ -72,7 +95,20 @@ def attention_block(
         raise ShapeError(
             f"attention_block: {rows_qkv} q, k and v outputs are not made of groups of {spec.group} + 2 heads of {spec.head_dim}"
         )
-    run = choose("attention_block", implementation, shape=x.shape, spec=spec, cached=cache is not None)
+    if (weights.q_norm is None) != (weights.k_norm is None):
+        raise ShapeError("attention_block: q_norm and k_norm come together; give both, or neither")
+    windowed = window is not None
+    run = choose(
+        "attention_block",
+        implementation,
+        shape=x.shape,
+        spec=spec,
+        cached=cache is not None,
+        windowed=windowed,
+        weights=weights,
+        cache=cache,
+        max_over_shards=max_over_shards,
+    )
     return run.function(
         x,
         weights,
@@ -83,5 +119,6 @@ def attention_block(
         rows=rows,
         write=write,
         residual=residual,
+        window=window,
         max_over_shards=max_over_shards,
     )

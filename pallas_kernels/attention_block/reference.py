@@ -5,33 +5,39 @@ import jax.numpy as jnp
 
 from pallas_kernels.attention import attention
 from pallas_kernels.layer_cache import LayerCache
-from pallas_kernels.norm import rms_norm
+from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.rope_cache import rope, rope_cache
 
 
-def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, max_over_shards):
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, window, max_over_shards):
     B, T, _ = x.shape
     H, G = spec.head_dim, spec.group
     with jax.named_scope("norm"):
-        n = rms_norm(x, weights.norm, eps=spec.eps)
+        n = norm(x, weights.norm, weights.norm_bias, kind=spec.norm, eps=spec.eps)
     with jax.named_scope("qkv"):
         biases = weights.qkv_bias or (None,) * len(weights.qkv)
         joined = jnp.concatenate([quant_matmul(n, w, bias=b) for w, b in zip(weights.qkv, biases, strict=True)], -1)
         K = joined.shape[-1] // ((G + 2) * H)
         heads = joined.reshape(B, T, (G + 2) * K, H)
         q, k, v = jnp.split(heads, [G * K, (G + 1) * K], axis=2)
+    if weights.q_norm is not None:
+        with jax.named_scope("qk_norm"):
+            q, k = (norm(a, scale, kind=spec.norm, eps=spec.eps) for a, scale in ((q, weights.q_norm), (k, weights.k_norm)))
+            heads = jnp.concatenate([q, k], 2)
     with jax.named_scope("rope_cache"):
+        cos, sin = angles or (None, None)
         if cache is None:
-            turned = rope(heads[:, :, : (G + 1) * K], *angles)
-            q, k = turned[:, :, : G * K], turned[:, :, G * K :]
+            if angles is not None:
+                turned = rope(heads[:, :, : (G + 1) * K], cos, sin)
+                q, k = turned[:, :, : G * K], turned[:, :, G * K :]
             cache = LayerCache(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
             positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))  # as the fresh cache numbers them
         else:
-            cos, sin = angles
             q, cache = rope_cache(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write)
     with jax.named_scope("attention"):
-        o = attention(q, cache, rows=rows, positions=positions, scale=spec.scale).reshape(B, T, -1)
+        o = attention(q, cache, rows=rows, positions=positions, scale=spec.scale, soft_cap=spec.soft_cap, window=window)
+        o = o.reshape(B, T, -1)
     with jax.named_scope("out"):
         y = quant_matmul(o, weights.out, bias=weights.out_bias, max_over_shards=max_over_shards)
         return (y if residual is None else residual + y), cache

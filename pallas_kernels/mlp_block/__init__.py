@@ -6,23 +6,30 @@ from collections.abc import Callable
 
 import jax
 
+from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.mlp_block import reference
+from pallas_kernels.norm import KINDS
 from pallas_kernels.registry import choose, register
 
 register("mlp_block", "reference", reference.mlp_block)
+register("mlp_block", "native", native.mlp_block, supports=native.supports_mlp_block, priority=native.PRIORITY)
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("norm", "up", "up_bias", "down", "down_bias"), meta_fields=())
+_FIELDS = ("norm", "norm_bias", "up", "up_bias", "down", "down_bias")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_FIELDS, meta_fields=())
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPWeights:
     """Weights of the half layer, as arrays or QTensors [out, in].
 
-    norm [D]. up: (gate [F, D], up [F, D]), or both joined along their outputs, or the one matrix of an ungated MLP. up_bias: the same
-    parts as vectors, or (). down [D, F]; down_bias [D] or None.
+    norm [D]; norm_bias [D] or None, of a layer norm. up: (gate [F, D], up [F, D]), or both joined along their outputs, or the one
+    matrix of an ungated MLP. up_bias: the same parts as vectors, or (). down [D, F]; down_bias [D] or None.
     """
 
     norm: jax.Array
+    norm_bias: jax.Array | None = None
     up: tuple
     up_bias: tuple
     down: jax.Array
@@ -31,11 +38,13 @@ class MLPWeights:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPSpec:
-    """What is fixed when a program is compiled. activation: one of `mlp_block.ACTIVATIONS`. gated: act(gate) * up, else act(up)."""
+    """What is fixed when a program is compiled. activation: one of `mlp_block.ACTIVATIONS`. gated: act(gate) * up, else act(up).
+    norm: one of `norm.KINDS`; eps: its own."""
 
     activation: str
     gated: bool
     eps: float
+    norm: str = "rms"
 
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -52,7 +61,7 @@ def mlp_block(
 ) -> jax.Array:
     """The MLP half of a pre-norm decoder layer, for one tensor shard.
 
-        y = residual + W_down (act(W_gate n) * W_up n) + b_down,     n = rms_norm(x)
+        y = residual + W_down (act(W_gate n) * W_up n) + b_down,     n = norm(x)
 
     x: float32 [B, T, D]. residual: float32 [B, T, D] or None; under tensor parallelism y is a partial sum, so only one shard passes it
     (and down_bias). max_over_shards: see `quant_matmul`. Returns float32 [B, T, D]. Raises ShapeError.
@@ -64,5 +73,7 @@ def mlp_block(
         )
     if spec.activation not in ACTIVATIONS:
         raise ShapeError(f"mlp_block: activation {spec.activation!r} is not one of {ACTIVATIONS}")
-    run = choose("mlp_block", implementation, shape=x.shape, spec=spec)
+    if spec.norm not in KINDS:
+        raise ShapeError(f"mlp_block: norm {spec.norm!r} is not one of {KINDS}")
+    run = choose("mlp_block", implementation, shape=x.shape, spec=spec, weights=weights, max_over_shards=max_over_shards)
     return run.function(x, weights, spec=spec, residual=residual, max_over_shards=max_over_shards)

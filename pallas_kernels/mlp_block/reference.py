@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.norm import rms_norm
+from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul import quant_matmul
 
 ACTIVATIONS: dict[str, Callable] = {
@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable] = {
 
 def mlp_block(x, weights, *, spec, residual, max_over_shards):
     with jax.named_scope("norm"):
-        n = rms_norm(x, weights.norm, eps=spec.eps)
+        n = norm(x, weights.norm, weights.norm_bias, kind=spec.norm, eps=spec.eps)
     with jax.named_scope("up"):
         biases = weights.up_bias or (None,) * len(weights.up)
         h = jnp.concatenate([quant_matmul(n, w, bias=b) for w, b in zip(weights.up, biases, strict=True)], -1)

@@ -10,6 +10,23 @@ from pallas_kernels.registry import choose, register
 register("rms_norm", "reference", reference.rms_norm)
 register("layer_norm", "reference", reference.layer_norm)
 
+KINDS = ("rms", "rms_offset", "layer")
+
+
+def norm(x, scale, bias=None, *, kind: str, eps: float, implementation: str | None = None) -> jax.Array:
+    """The norm that a model names: "rms" is `rms_norm`, "rms_offset" the same with its unit offset, "layer" is `layer_norm`.
+
+    x: float [..., D]. scale: float [D]. bias: float [D] or None, of a layer norm only. Returns x's shape and dtype.
+    Raises ShapeError for another kind, and for a bias that the kind has no place for.
+    """
+    if kind not in KINDS:
+        raise ShapeError(f"norm: kind {kind!r} is not one of {KINDS}")
+    if kind == "layer":
+        return layer_norm(x, scale, bias, eps=eps, implementation=implementation)
+    if bias is not None:
+        raise ShapeError(f"norm: kind {kind!r} has no bias, one of {list(bias.shape)} was given")
+    return rms_norm(x, scale, eps=eps, unit_offset=kind == "rms_offset", implementation=implementation)
+
 
 def rms_norm(
     x, scale, *, eps: float, unit_offset: bool = False, out_dtype=None, implementation: str | None = None

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul import reference, xla
@@ -12,6 +13,7 @@ from pallas_kernels.registry import choose, register
 
 register("quant_matmul", "reference", reference.quant_matmul)
 register("quant_matmul", "xla", xla.quant_matmul, supports=xla.supports, priority=10)
+register("quant_matmul", "native", native.quant_matmul, supports=native.supports_quant_matmul, priority=native.PRIORITY)
 
 
 def quant_matmul(
@@ -52,5 +54,8 @@ def quant_matmul(
         group=w.group if quantized else None,
         layout=w.layout if quantized else "canonical",
         activation=w.activation if quantized else None,
+        scales=str(w.scales.dtype) if quantized else None,
+        zeros=str(w.zeros.dtype) if quantized and w.zeros is not None else None,
+        over_shards=max_over_shards is not None,
     )
     return run.function(x, w, bias=bias, max_over_shards=max_over_shards)

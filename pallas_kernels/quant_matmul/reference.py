@@ -1,8 +1,11 @@
 """Matmul with a float or quantised weight in plain jnp, float32 inside: the meaning of the operation."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.precision import dot_precision
 from pallas_kernels.qtensor import QTensor, dequantize
 from pallas_kernels.quantize import dequantize_activations, quantize_activations
 
@@ -27,6 +30,6 @@ def quant_matmul(x, w, *, bias, max_over_shards):
             )
             x = _straight_through(x, dequantize_activations(levels, scales, w.activation))
         w = dequantize(w)
-    # HIGHEST: on GPUs the default rounds float32 to TF32
-    y = jnp.einsum("...i,oi->...o", x, w.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
+    precision = dot_precision(x.dtype, rows=math.prod(x.shape[:-1]))
+    y = jnp.einsum("...i,oi->...o", x, w.astype(jnp.float32), precision=precision)
     return y if bias is None else y + bias.astype(jnp.float32)

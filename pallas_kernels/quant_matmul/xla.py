@@ -15,9 +15,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.qtensor import INT4_OFFSET, QTensor, packing_block
+from pallas_kernels.precision import dot_precision
+from pallas_kernels.qtensor import FORMATS, QTensor, packing_block
 from pallas_kernels.quant_matmul import reference
 from pallas_kernels.quantize import dequantize_activations, quantize_activations
+from pallas_kernels.value_formats import INT4_OFFSET
 
 CHUNK = 1 << 20  # weights made float at a time
 DIGIT = 254  # base of the int8 digits: a remainder of at most 1/2 times 254 still lies in -127..127
@@ -28,8 +30,10 @@ _LAST = (((1,), (1,)), ((), ()))  # contract the last axes: x [M, I], w [O, I] -
 
 def supports(target, facts) -> bool | str:
     """Float weights run everywhere; QTensors on CPUs in the canonical layout."""
-    if facts["format"] not in ("int8", "int4"):
+    if facts["format"] not in FORMATS:
         return True
+    if facts["format"] not in ("int8", "int4"):
+        return f"it multiplies float, int8 and int4 weights, not {facts['format']}, which the reference does"
     if target.platform != "cpu":
         return f"its {facts['format']} dots are made for CPUs, not for {target.platform}"
     if facts["layout"] != "canonical":
@@ -53,7 +57,7 @@ def _dot(x, w):
         jnp.concatenate([x, x]) if alone else x,
         w,
         _LAST,
-        precision=jax.lax.Precision.HIGHEST if w.dtype == jnp.float32 else None,
+        precision=dot_precision(w.dtype, x.shape[0]),
         preferred_element_type=jnp.int32 if exact else jnp.float32,
     )
     return y[:1] if alone else y

@@ -3,6 +3,8 @@
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.value_formats import FP8_MAX
+
 
 def quantize_activations(x, quant, max_over_shards):
     inputs, x = x.shape[-1], x.astype(jnp.float32)
@@ -13,9 +15,14 @@ def quantize_activations(x, quant, max_over_shards):
     largest = jnp.max(jnp.abs(padded), -1, keepdims=True)
     if quant.group is None and max_over_shards is not None:
         largest = max_over_shards(largest)
-    scales = largest * np.float32(1 / 127)  # written as the product that XLA makes of a division by a constant
+    top = FP8_MAX if quant.format == "fp8" else 127
+    scales = largest * np.float32(1 / top)  # written as the product that XLA makes of a division by a constant
     # a group of zeros has scale 0 and levels 0; the clip only matters for groups of denormal numbers, whose scale is coarse
-    levels = jnp.clip(jnp.rint(padded / jnp.where(scales == 0, 1, scales)), -127, 127).astype(jnp.int8)
+    levels = padded / jnp.where(scales == 0, 1, scales)
+    if quant.format == "fp8":
+        levels = jnp.clip(levels, -top, top).astype(jnp.float8_e4m3fn)  # what lies beyond would become NaN
+    else:
+        levels = jnp.clip(jnp.rint(levels), -top, top).astype(jnp.int8)
     return levels.reshape(*x.shape[:-1], groups * size)[..., :inputs], scales[..., 0]
 
 

@@ -14,9 +14,10 @@ def rope(x, cos, sin):
 
 
 def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write):
-    heads = q.shape[2]
-    rotated = rope(jnp.concatenate([q, k], 2), cos, sin)  # one pass over both
-    q, k = rotated[:, :, :heads], rotated[:, :, heads:]
+    if cos is not None:
+        heads = q.shape[2]
+        rotated = rope(jnp.concatenate([q, k], 2), cos, sin)  # one pass over both
+        q, k = rotated[:, :, :heads], rotated[:, :, heads:]
     new = cache.encode(k, v)
     if write is None and q.shape[1] == 1:
         # one token a row: slice updates take a third of a scatter's time on XLA:CPU. Without the barrier XLA writes one copy of the

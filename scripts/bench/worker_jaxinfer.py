@@ -1,82 +1,74 @@
-"""Speed of jaxinfer at batch 1: decode and prefill tokens a second, as one JSON line.
+"""Worker: jaxinfer.
 
-    python scripts/bench/worker_jaxinfer.py MODEL --dtype float32
-    python scripts/bench/worker_jaxinfer.py MODEL --dtype bfloat16 --quantize int8
+    python scripts/bench/worker_jaxinfer.py MODEL --precision float32
+    python scripts/bench/worker_jaxinfer.py MODEL --precision int8 --cache bfloat16
 
-Compiling is not part of any figure but `first_token_seconds`, which runs from the start of loading to the first token.
+--precision is a dtype, "stored" (packed weights as the checkpoint holds them), or a short form of quantisation (see
+jaxinfer.QuantizationConfig.parse). Compiled programs are kept in --folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
-from bandwidth import read_bandwidth
+import jax
+import worker
 
-PROMPT = [504, 3575, 282, 4649, 314]  # "The capital of France is" in SmolLM2's vocabulary
+from jaxinfer import SamplingParams, init_inference
+from pallas_kernels import registry
 
-
-def bytes_per_token(engine: Any) -> int:
-    """Bytes of weights read for each token: all of them but the embedding table, of which one row is; a tied one counts."""
-    import jax
-
-    params = engine.params
-    unread = 0 if params.head is None else sum(leaf.nbytes for leaf in jax.tree.leaves(params.embedding))
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - unread
+DTYPES = ("float32", "bfloat16", "float16")
+CACHES = ("float32", "bfloat16", "int8")
+LAYER_OPERATIONS = ("attention_block", "mlp_block")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", help="anything init_inference takes: a folder, a .gguf file, a native checkpoint")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--quantize", metavar="SPEC", help="quantization by its short name, or a JSON object")
-    parser.add_argument("--tokens", type=int, default=128, help="new tokens (default 128)")
-    parser.add_argument("--prefill", type=int, default=512, help="prompt tokens of the prefill (default 512)")
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="of the bandwidth measurement; XLA takes the cores it may use")
-    args = parser.parse_args()
+class Jaxinfer:
+    compiles = True
 
-    start = time.perf_counter()
-    import jaxinfer
+    def __init__(self, args: argparse.Namespace):
+        self.cache = args.cache or (args.precision if args.precision in DTYPES else "float32")
+        workloads = [worker.WORKLOADS[name] for name in ("decode", *args.workloads)]
+        config: dict[str, Any] = {
+            "inference_max_tokens": max(w.prompt + w.new for w in workloads),
+            "micro_batch_size": max(w.batch for w in workloads),
+            "kv_cache": {"dtype": self.cache},
+            "compilation_cache": args.folder,
+        }
+        if args.precision in DTYPES:
+            config["dtype"] = args.precision
+        elif args.precision != "stored":
+            config |= {"dtype": "float32", "quantization": args.precision}
+        self._engine = init_inference(args.model, config)
+        self.system = f"jaxinfer, jax {jax.__version__}"
+        self.kernels = ", ".join(f"{op}: {preferred(op)}" for op in LAYER_OPERATIONS)
 
-    config: dict[str, Any] = {"dtype": args.dtype, "inference_max_tokens": 1024}
-    if args.quantize:
-        config["quantization"] = json.loads(args.quantize) if args.quantize.startswith("{") else args.quantize
-    engine = jaxinfer.init_inference(args.model, config)
-    load_seconds = time.perf_counter() - start
+    def bytes_per_token(self) -> int:
+        params = self._engine.params
+        unread = 0 if params.head is None else sum(leaf.nbytes for leaf in jax.tree.leaves(params.embedding))
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - unread
 
-    def run(prompt: list[int], count: int) -> Any:
-        sampling = jaxinfer.SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True)
-        result = engine.generate([prompt], sampling)[0]
-        if len(result.token_ids) != count:
-            raise RuntimeError(f"generate made {len(result.token_ids)} tokens instead of {count}")
-        return result.timings
+    def generate(self, prompts: Sequence[list[int]], new: int) -> worker.Generated:
+        sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)
+        start = time.perf_counter()
+        results = self._engine.generate(list(prompts), sampling)
+        seconds = time.perf_counter() - start
+        decoding = max(result.timings.decode_seconds for result in results)
+        return worker.Generated(ids=[r.token_ids for r in results], first_seconds=seconds - decoding, seconds=seconds)
 
-    run(PROMPT, 1)
-    first_token_seconds = time.perf_counter() - start
-    long_prompt = [i * 37 % 1000 + 100 for i in range(args.prefill)]
-    run(PROMPT, args.tokens), run(long_prompt, 1)
-    decodes = [(args.tokens - 1) / run(PROMPT, args.tokens).decode_seconds for _ in range(args.repetitions)]
-    prefills = [args.prefill / run(long_prompt, 1).prefill_seconds for _ in range(args.repetitions)]
 
-    import jax
+def preferred(operation: str) -> str:
+    """The implementation that an operation takes on this platform, unless facts of its arguments speak against it."""
+    return registry.implementations(operation)[0].name
 
-    result = {
-        "system": f"jaxinfer, jax {jax.__version__}",
-        "precision": args.quantize or args.dtype,
-        "decode_tokens_per_second": statistics.median(decodes),
-        "prefill_tokens_per_second": statistics.median(prefills),
-        "first_token_seconds": first_token_seconds,
-        "load_seconds": load_seconds,
-        "bytes_per_token": bytes_per_token(engine),
-        "bandwidth_gb_per_second": read_bandwidth(args.threads),
-        "threads": args.threads,
-    }
-    print(json.dumps(result))
+
+def command() -> argparse.ArgumentParser:
+    out = worker.parser(__doc__, (), CACHES)
+    out.set_defaults(precision="float32")
+    return out
 
 
 if __name__ == "__main__":
-    main()
+    worker.main(Jaxinfer, command().parse_args())

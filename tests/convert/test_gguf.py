@@ -119,9 +119,9 @@ def test_rotary_rows_are_half_split_again(gguf_file, kind):
 
 def test_only_llama_rows_are_reordered(gguf_file):
     array = RNG.standard_normal((64, 64)).astype(np.float32)
-    meta = {"qwen2.attention.head_count": 4, "qwen2.embedding_length": 64}
-    checkpoint = open_checkpoint(gguf_file({"blk.0.attn_q.weight": (array, None)}, meta, arch="qwen2"))
-    assert checkpoint.config["model_type"] == "qwen2" and "architectures" not in checkpoint.config
+    meta = {"starcoder2.attention.head_count": 4, "starcoder2.embedding_length": 64}
+    checkpoint = open_checkpoint(gguf_file({"blk.0.attn_q.weight": (array, None)}, meta, arch="starcoder2"))
+    assert checkpoint.config["model_type"] == "starcoder2" and "architectures" not in checkpoint.config
     np.testing.assert_array_equal(checkpoint.tensors["model.layers.0.self_attn.q_proj.weight"].read(), array)
 
 
@@ -130,6 +130,8 @@ def test_names():
     assert canonical_name("output.weight") == "lm_head.weight"
     assert canonical_name("blk.12.ffn_norm.weight") == "model.layers.12.post_attention_layernorm.weight"
     assert canonical_name("blk.3.attn_output.bias") == "model.layers.3.self_attn.o_proj.bias"
+    assert canonical_name("blk.3.ffn_norm.weight", "gemma2") == "model.layers.3.pre_feedforward_layernorm.weight"
+    assert canonical_name("blk.3.ffn_norm.weight", "gpt2") == "model.layers.3.post_attention_layernorm.weight"
     for unknown in ("blk.0.ffn_gate_exps.weight", "blk.0.output.weight", "rope_freqs.weight", "attn_q.weight"):
         assert canonical_name(unknown) == unknown
 

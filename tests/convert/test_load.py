@@ -22,6 +22,10 @@ SPECS = [
     QuantSpec(format="int4", group=64, activation=ActivationQuant()),
     QuantSpec(format="int4", group=32, symmetric=False),
     QuantSpec(format="int4", group=128),
+    QuantSpec(format="int8", group=32, scale_dtype="float16"),
+    QuantSpec(format="fp8", activation=ActivationQuant(format="fp8", group=None)),
+    QuantSpec(format="nf4", group=64),
+    QuantSpec(format="mxfp4", group=32),
 ]
 SHARDS = [
     (None, None),
@@ -49,8 +53,7 @@ def oracle_take(q, units):
 @pytest.mark.parametrize("units", SHARDS)
 def test_quantized_shards_hold_the_bytes_of_the_whole(lazy, spec, units):
     array = RNG.standard_normal((9, 384)).astype(np.float32)
-    options = {"format": spec.format, "group": spec.group, "symmetric": spec.symmetric, "activation": spec.activation}
-    whole = qtensor.round_to_nearest(array, **options)
+    whole = qtensor.round_to_nearest(array, **vars(spec))
     tensor = quantized(lazy("w", array), spec)
     shard, truth = tensor.read(units), oracle_take(whole, units)
     same(shard, truth)

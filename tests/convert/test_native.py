@@ -143,7 +143,7 @@ class Broken(Exception):
 
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])
-@pytest.mark.parametrize("where", ["read", "_save_params", "_save_assets", "_publish"])
+@pytest.mark.parametrize("where", ["read", "_save_params", "save_assets", "publish"])
 @pytest.mark.parametrize("existing", [False, True])
 def test_an_error_on_the_way_leaves_everything_as_it_was(tmp_path, tensors, monkeypatch, where, error, existing):
     dst = tmp_path / "m"
@@ -235,7 +235,7 @@ def test_sigterm_leaves_nothing(tmp_path, tensors):
 def test_sigkill_leaves_dst_absent_and_the_next_conversion_cleans_up(tmp_path, tensors):
     assert interrupted(tmp_path / "m", signal.SIGKILL) == -signal.SIGKILL
     assert [p.name.startswith(".m.partial-") for p in tmp_path.iterdir()] == [True]
-    with native._temporary(tmp_path / "m") as living:  # another conversion that is still going on
+    with native.temporary(tmp_path / "m") as living:  # another conversion that is still going on
         save(tmp_path / "m", tensors)
         assert {p.name for p in tmp_path.iterdir()} == {"m", living.name}
     assert os.listdir(tmp_path) == ["m"]

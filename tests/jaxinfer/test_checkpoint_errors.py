@@ -151,7 +151,7 @@ def test_truncated_gguf(tmp_path: Path) -> None:
 
 def test_unknown_architecture(change, tmp_path: Path) -> None:
     folder = change(config={"architectures": ["MambaForCausalLM"], "model_type": "mamba"})
-    refused(errors.UnknownArchitectureError, folder, "MambaForCausalLM", "supported are LlamaForCausalLM")
+    refused(errors.UnknownArchitectureError, folder, "MambaForCausalLM", "supported are", "LlamaForCausalLM")
     refused(errors.UnknownArchitectureError, change(config={"architectures": None, "model_type": "mamba"}), "'mamba'")
     refused(errors.UnknownArchitectureError, write_gguf(tmp_path / "model.gguf", "mamba"), "'mamba'", "LlamaForCausalLM")
 
@@ -166,7 +166,6 @@ def test_unknown_architecture(change, tmp_path: Path) -> None:
         ("sliding_window", 4096),
         ("rope_interleaved", True),
         ("layer_types", ["full_attention", "sliding_attention", "full_attention"]),
-        ("quantization_config", {"bits": 4}),
         ("num_local_experts", 8),
         ("something_new", 1),
     ],

@@ -18,10 +18,8 @@ from tokenizers import decoders, models, pre_tokenizers
 import jaxinfer
 from jaxinfer import cli
 from jaxinfer.cli import environment, output
-from jaxinfer.cli.convert import DTYPES
 from jaxinfer.cli.info import stored_forms
 from jaxinfer.cli.stats import _process_age, _weight_bytes
-from jaxinfer.config import DTYPES as CONFIG_DTYPES
 from jaxinfer.loading import open_source
 from jaxinfer.requests import GenerationResult, Timings, TokenLogprob
 
@@ -30,7 +28,7 @@ CASE = golden_weights.load_case("llama3")
 PROMPT, GREEDY = CASE["prompts"][0], CASE["greedy"][0]
 EXPECTED = GREEDY["ids"]
 IDS = ",".join(map(str, PROMPT))
-COMMANDS = ("generate", "convert", "info")
+COMMANDS = [command.__name__.rpartition(".")[2] for command in cli.COMMANDS]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,6 +59,7 @@ def spoken(tmp_path_factory) -> Path:
     )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(["<eos>"])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
@@ -149,7 +148,7 @@ def test_options_reach_the_engine(results, folder, monkeypatch):
                 for p in prompts
             ]
 
-    def init_inference(source, config, *, progress):
+    def init_inference(source, config, *, progress, expect=None):
         seen.append(config)
         return Engine()
 
@@ -206,6 +205,21 @@ def test_the_command_line_overrides_the_configuration_file(run, folder, tmp_path
     assert status == 1 and f"{len(PROMPT)} tokens and asks for 10 new ones, inference_max_tokens is 8" in err
     status, _, err = run("generate", folder, *options, "--tp", 1, "--max-length", 9)
     assert status == 1 and "inference_max_tokens is 9" in err
+
+
+def test_several_samples_are_told_apart(results, run, spoken):
+    options = (spoken, "--prompt", "Hi", "--max-tokens", 4, "--temperature", 1, "--seed", 3, "--n", 2, "--ignore-eos")
+    [result] = results(*options)["results"]
+    [other] = result["alternatives"]
+    assert other["token_ids"] != result["token_ids"]
+    assert run("generate", *options)[1].splitlines() == ["[1] Hi", result["text"], "[2] Hi", other["text"]]
+
+
+def test_special_tokens_of_a_prompt_may_be_text(results, spoken):
+    options = (spoken, "--prompt", "a<eos>b", "--max-tokens", 1, "--ignore-eos")
+    special = results(*options)["results"][0]["prompt_token_ids"]
+    plain = results(*options, "--special-as-text", "--echo")["results"][0]
+    assert len(special) == 3 and len(plain["prompt_token_ids"]) == 7 and plain["text"].startswith("a<eos>b")
 
 
 def test_stats(results, run, folder):
@@ -291,14 +305,6 @@ def test_info_names_packed_forms(folder):
     assert any(form.startswith("int8, per channel") for form in forms) and "float32" in forms
 
 
-def test_info_of_the_system(run):
-    status, out, _ = run("info", "--system", "--json")
-    facts = json.loads(out)
-    assert status == 0 and facts["devices"][0]["platform"] == facts["backend"]
-    assert "reference" in facts["operations"]["attention_block"] and facts["operations"]["quant_matmul"][0] == "xla"
-    assert "quant_matmul" in run("info", "--system")[1]
-
-
 # --- errors
 
 
@@ -340,6 +346,9 @@ def test_expected_errors_are_one_message(run, folder, spoken, arguments, message
         (["generate", "x", "--prompt-ids", "1,b"], "not a list of token ids"),
         (["generate", "x", "--prompt", "a", "--prompt", "b", "--stream"], "--stream is for one prompt, there are 2"),
         (["generate", "x", "--prompt", "a", "--logprobs", "2"], "needs --json"),
+        (["generate", "x", "--prompt", "a", "--stream", "--n", "2"], "--stream is for one sample"),
+        (["generate", "x", "--prompt", "a", "--logit-bias", "5=1", "--logit-bias", "5=2"], "names a token twice"),
+        (["generate", "x", "--prompt", "a", "--micro-batch-size", "many"], "neither a whole number nor auto"),
         (["generate", "x", "--prompt", "a", "--cpu-devices", "0"], "at least 1"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
@@ -372,10 +381,6 @@ def test_version(run, capsys):
     with pytest.raises(SystemExit) as error:
         run("--version")
     assert not error.value.code and capsys.readouterr().out.startswith("jaxinfer ")
-
-
-def test_choices_are_those_of_the_configuration():
-    assert DTYPES == CONFIG_DTYPES
 
 
 # --- terminals
@@ -447,7 +452,7 @@ def test_help_and_wrong_usage_do_not_wait_for_jax():
     code = """
 import sys
 from jaxinfer.cli import main
-for arguments in (["--help"], ["generate", "--help"], ["generate", "x", "--dtype", "int8"], ["info"]):
+for arguments in (["--help"], ["generate", "--help"], ["chat", "--help"], ["generate", "x", "--dtype", "int8"], ["info"]):
     try:
         main(arguments)
     except SystemExit:
@@ -463,6 +468,21 @@ def test_a_pipe_gets_the_text_and_nothing_else(spoken):
     assert child.returncode == 0, err
     assert json.loads(out)["results"][0]["prompt"] == "Hi there"
     assert [line.split(" in ")[0] for line in err.splitlines()] == ["loading spoken ...", "loaded spoken"]
+
+
+def test_characters_that_stdout_cannot_write_are_written_out(monkeypatch):
+    written = io.TextIOWrapper(io.BytesIO(), "ascii", write_through=True)
+    monkeypatch.setattr(sys, "stdout", written)
+    monkeypatch.setattr("jaxinfer.cli.info.run", lambda args: print(f"größer {args.source}"))
+    cli.main(["info", "name-\udcff"])
+    assert written.buffer.getvalue() == b"gr\\xf6\\xdfer name-\\udcff\n"
+
+
+def test_control_characters_reach_no_terminal(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    text = "a\x1b[2J\x07\r\x9b\tb\n"
+    assert output.visible(text, Terminal()) == "a\\x1b[2J\\x07\\r\\x9b\tb\n"
+    assert output.visible(text, io.StringIO()) == text
 
 
 def test_a_reader_that_goes_away_ends_the_command_quietly(folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -13,6 +14,8 @@ import jaxinfer
 from jaxinfer import SamplingParams
 from jaxinfer.config import EngineConfig
 from jaxinfer.engine import Engine
+from jaxinfer.errors import BackendError
+from pallas_kernels.cpu import library
 from sharding.mesh import make_mesh
 
 
@@ -60,6 +63,22 @@ def test_batch_invariant(make_engine) -> None:
     for order in ([0, 1, 2, 3, 4, 5, 6], [6, 2, 4, 0, 5], [3, 1]):
         results = engine.generate([PROMPTS[i] for i in order], [params[i] for i in order])
         assert [kept(result) for result in results] == [alone[i] for i in order]
+
+
+def test_kernels_by_name(make_engine, tiny, greedy, monkeypatch) -> None:
+    """The same text with native kernels and without; required ones that are not there are refused."""
+
+    def calls(engine: jaxinfer.Engine) -> bool:
+        """Whether the decode program calls native kernels."""
+        state = jax.eval_shape(engine.programs.state(1, 128))
+        return "jaxinfer_mlp_block" in engine.programs.decode(0).lower(engine.params, state, np.int32(1)).as_text()
+
+    plain = make_engine(kernels="xla")
+    assert plain.generate(PROMPTS[1], GREEDY).token_ids == greedy[1] and not calls(plain)
+    assert calls(make_engine()) == (library.refusal("cpu") is None)
+    monkeypatch.setattr(library, "refusal", lambda platform: "no library")
+    with pytest.raises(BackendError, match="no library"):
+        jaxinfer.init_inference(tiny.folder, {"kernels": "native"})
 
 
 def test_more_prompts_than_slots(engine, greedy) -> None:

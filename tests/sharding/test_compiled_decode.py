@@ -31,10 +31,26 @@ CONFIG = ModelConfig(
     max_positions=64,
 )
 TOKENS = 40  # of the cache, unlike any other size
+CAPPED = dataclasses.replace(
+    CONFIG,
+    attention=dataclasses.replace(CONFIG.attention, qk_norm=True, soft_cap=2.0),
+    norm="rms_offset",
+    post_norms=True,
+    windows=(4, None, 6),
+    embed_scale=8.0,
+    soft_cap=3.0,
+)
+LEARNED = dataclasses.replace(
+    CONFIG,
+    attention=dataclasses.replace(CONFIG.attention, rope=None, bias=True, output_bias=True),
+    mlp=dataclasses.replace(CONFIG.mlp, gated=False, bias=True),
+    norm="layer",
+    learned_positions=True,
+)
 
 
-def decoder(quantized: bool) -> Decoder:
-    model = Decoder(CONFIG)
+def decoder(quantized: bool, config: ModelConfig = CONFIG) -> Decoder:
+    model = Decoder(config)
     if quantized:
         for _, p in nnx.iter_graph(model):
             if isinstance(p, nnx.Param) and p.get_value().ndim == 2:
@@ -42,7 +58,7 @@ def decoder(quantized: bool) -> Decoder:
     return model
 
 
-def lowered(placed: Placed, batch: int):
+def lowered(placed: Placed, batch: int, processors=()):
     """The decode program lowered for the shapes that the placed model has, on its mesh or another one of the same shape."""
     programs = Programs(placed, cache_dtype=jnp.float32)
     state = jax.eval_shape(programs.state(batch, TOKENS))
@@ -52,7 +68,7 @@ def lowered(placed: Placed, batch: int):
     fields = [f.name for f in dataclasses.fields(STATE)]
     state = dataclasses.replace(state, **{name: on_mesh(getattr(STATE, name), getattr(state, name)) for name in fields})
     steps = on_mesh(PartitionSpec(), jax.ShapeDtypeStruct((), jnp.int32))
-    return programs.decode(0).lower(placed.weights, state, steps), state
+    return programs.decode(0, processors).lower(placed.weights, state, steps), state
 
 
 def large_shapes(*trees) -> set[tuple[int, ...]]:
@@ -66,7 +82,7 @@ def check(placed: Placed, text: str, state) -> None:
     tensor = shape["tensor"] * shape["tensor_hosts"]
     expected = expected_decode(slots=plan.slots, stages=shape["stage"], tensor=tensor, data=shape["data"])
     assert collectives(text) == expected.by_name()
-    assert copies(text, large_shapes(placed.weights, state.caches)) == []
+    assert copies(text, large_shapes(placed.weights, state.caches, state.history, state.sampling.edits)) == []
 
 
 @pytest.mark.parametrize(
@@ -82,6 +98,28 @@ def test_on_cpu_devices(stage, tensor, quantized):
 @pytest.mark.parametrize(("data", "stage", "tensor"), [(2, 2, 2)])
 def test_with_data_shards(data, stage, tensor):
     placed = place(decoder(False), make_mesh(data=data, stage=stage, tensor=tensor))
+    program, state = lowered(placed, batch=2)
+    check(placed, program.compile().as_text(), state)
+
+
+def test_with_a_logits_processor():
+    """A user's function sees the gathered logits of a draw: no collective is added for it."""
+    placed = place(decoder(False), make_mesh(stage=2, tensor=2))
+    program, state = lowered(placed, batch=2, processors=((1, lambda logits, tokens, length: logits.at[tokens].add(length)),))
+    check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.parametrize(
+    ("config", "stage", "tensor"),
+    [
+        pytest.param(CAPPED, 1, 1, id="capped"),
+        pytest.param(LEARNED, 1, 1, id="learned"),
+        pytest.param(CAPPED, 2, 2, id="capped on 2 stages of 2", marks=pytest.mark.slow),
+        pytest.param(LEARNED, 2, 2, id="learned on 2 stages of 2", marks=pytest.mark.slow),
+    ],
+)
+def test_what_other_families_have_costs_no_collective_and_no_copy(config, stage, tensor):
+    placed = place(decoder(False, config), make_mesh(stage=stage, tensor=tensor))
     program, state = lowered(placed, batch=2)
     check(placed, program.compile().as_text(), state)
 

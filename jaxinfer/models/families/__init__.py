@@ -8,7 +8,7 @@ from convert.readers.base import LazyTensor
 from convert.rules import Rule
 from jaxinfer.errors import UnknownArchitectureError
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.families import llama
+from jaxinfer.models.families import gemma2, gpt2, llama, mistral, phi3, qwen2, qwen3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -22,7 +22,16 @@ class Family:
 
 
 FAMILIES: dict[str, Family] = {
-    "LlamaForCausalLM": Family(config=llama.config, rules=llama.rules, ignored=llama.ignored),
+    name: Family(config=module.config, rules=module.rules, ignored=module.ignored)
+    for name, module in {
+        "LlamaForCausalLM": llama,
+        "MistralForCausalLM": mistral,
+        "Qwen2ForCausalLM": qwen2,
+        "Qwen3ForCausalLM": qwen3,
+        "GPT2LMHeadModel": gpt2,
+        "Phi3ForCausalLM": phi3,
+        "Gemma2ForCausalLM": gemma2,
+    }.items()
 }
 
 

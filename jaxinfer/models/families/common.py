@@ -1,7 +1,7 @@
-"""What families share in reading a config.json: which keys are understood, activations, and rotary settings."""
+"""What families share in reading a config.json: which keys are understood, activations, windows, and rotary settings."""
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -36,6 +36,7 @@ HARMLESS = frozenset(
         "forced_bos_token_id",
         "forced_eos_token_id",
         "use_cache",
+        "cache_implementation",
         "initializer_range",
         "pretraining_tp",
         "attention_dropout",
@@ -100,7 +101,39 @@ HARMLESS = frozenset(
 )
 
 # Keys that would change the arithmetic, with the values at which they do not.
-NEUTRAL: dict[str, Any] = {"rope_interleaved": False, "is_causal": True, "partial_rotary_factor": 1.0}
+NEUTRAL: dict[str, Any] = {
+    "rope_interleaved": False,
+    "is_causal": True,
+    "partial_rotary_factor": 1.0,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "use_sliding_window": False,
+    "use_bidirectional_attention": False,
+    "use_mrope": False,
+    "interpolate_factor": 1,
+    "full_attn_mod": 1,
+}
+
+# What every decoder in the manner of Llama reads.
+DECODER = frozenset(
+    [
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "hidden_act",
+        "max_position_embeddings",
+        "original_max_position_embeddings",
+        "rms_norm_eps",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+    ]
+)
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -127,9 +160,30 @@ def check_keys(hf: Mapping[str, Any], understood: Collection[str]) -> None:
         )
 
 
-def is_tied(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, embedding: str, head: str) -> bool:
-    """Whether the head is the embedding. A stored head that differs is used, whatever tie_word_embeddings says, as in transformers."""
-    if not hf.get("tie_word_embeddings", False):
+def layer_windows(
+    hf: Mapping[str, Any], layers: int, window: int | None, slides: Callable[[int], bool]
+) -> tuple[int | None, ...]:
+    """The window of each layer as ModelConfig has it. window: of the layers that have one, or None. slides(layer): whether it has,
+    where the config has no layer_types, which decide. Raises UnknownConfigKeyError for other types, and for a window without size."""
+    types = hf.get("layer_types")
+    sliding = [slides(i) for i in range(layers)] if types is None else [kind == "sliding_attention" for kind in types]
+    if types is not None and (len(types) != layers or set(types) - {"full_attention", "sliding_attention"}):
+        raise UnknownConfigKeyError(
+            f"layer_types must name full_attention or sliding_attention for {layers} layers, got {types}"
+        )
+    if types is not None and any(sliding) and window is None:
+        raise UnknownConfigKeyError(
+            "layer_types has sliding_attention, but no sliding_window is in use; give one, or correct them"
+        )
+    return tuple(window if s else None for s in sliding) if window is not None and any(sliding) else ()
+
+
+def is_tied(
+    hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, embedding: str, head: str, default: bool = False
+) -> bool:
+    """Whether the head is the embedding. A stored head that differs is used, whatever tie_word_embeddings says, as in transformers.
+    default: of tie_word_embeddings in the family."""
+    if not hf.get("tie_word_embeddings", default):
         return False
     if head not in tensors or embedding not in tensors:
         return True
@@ -144,7 +198,7 @@ def is_tied(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, embeddi
 def activation(name: str) -> str:
     """The runtime's name of an activation. Raises UnknownConfigKeyError."""
     if name not in ACTIVATIONS:
-        raise UnknownConfigKeyError(f"hidden_act {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
+        raise UnknownConfigKeyError(f"activation {name!r} is not supported; supported are {', '.join(sorted(ACTIVATIONS))}")
     return ACTIVATIONS[name]
 
 

@@ -6,38 +6,24 @@ from typing import Any
 from convert.readers.base import LazyTensor
 from convert.rules import Rule
 from jaxinfer.models.config import AttentionConfig, MLPConfig, ModelConfig
-from jaxinfer.models.families.common import activation, check_keys, is_tied, rope
+from jaxinfer.models.families.common import DECODER, activation, check_keys, is_tied, rope
 
-UNDERSTOOD = frozenset(
-    [
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "hidden_act",
-        "max_position_embeddings",
-        "original_max_position_embeddings",
-        "rms_norm_eps",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "attention_bias",
-        "mlp_bias",
-    ]
-)
+UNDERSTOOD = DECODER | {"attention_bias", "mlp_bias"}
 
 
 def config(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> ModelConfig:
     """The ModelConfig of a Llama config.json and the checkpoint's tensors. Raises UnknownConfigKeyError."""
     check_keys(hf, UNDERSTOOD if set(hf.get("layer_types") or ()) - {"full_attention"} else UNDERSTOOD | {"layer_types"})
+    return build(hf, tensors, family="llama")
+
+
+def build(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor], *, family: str) -> ModelConfig:
+    """The ModelConfig of keys that were checked, for all families in the manner of Llama; absent keys have Llama's defaults."""
     embed, heads = int(hf["hidden_size"]), int(hf["num_attention_heads"])
     head_dim = int(hf.get("head_dim") or embed // heads)
     bias = bool(hf.get("attention_bias", False))
     return ModelConfig(
-        family="llama",
+        family=family,
         vocab=int(hf["vocab_size"]),
         embed=embed,
         layers=int(hf["num_hidden_layers"]),

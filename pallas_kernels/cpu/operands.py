@@ -1,0 +1,74 @@
+"""Weights as the operands of a native call, and which of them it takes."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels.qtensor import QTensor
+
+FLOATS = ("float32", "bfloat16")
+SCALES = ("float32", "bfloat16", "float16")
+PER_WEIGHT = 4  # operands of a weight: values, scales, zeros, bias
+
+
+def given(x, dtype=jnp.float32):
+    """An optional operand: an empty array stands for None."""
+    return jnp.zeros((0,), dtype) if x is None else x.astype(dtype)
+
+
+def weight(w, bias) -> tuple:
+    """The operands of a weight; of None too, whose place stays empty."""
+    nothing = jnp.zeros((0,), jnp.float32)
+    if w is None:
+        return (nothing,) * PER_WEIGHT
+    if not isinstance(w, QTensor):
+        return w, nothing, nothing, given(bias)
+    return w.values, w.scales, nothing if w.zeros is None else w.zeros, given(bias)
+
+
+def groups(w) -> tuple[int, int]:
+    """Inputs that share a scale of the weight (0: all), and inputs that share an int8 scale (0: all, -1: they stay floats)."""
+    if not isinstance(w, QTensor):
+        return 0, -1
+    return w.group or 0, -1 if w.activation is None else w.activation.group or 0
+
+
+def integers(*values: int):
+    return np.asarray(values, np.int64)
+
+
+def numbers(*values: float):
+    return np.asarray(values, np.float32)
+
+
+def refusal(w, over_shards: bool) -> str | None:
+    """Why a weight cannot enter a native call, or None. over_shards: its inputs are split over devices."""
+    if not isinstance(w, QTensor):
+        return None if str(w.dtype) in FLOATS else f"it multiplies {' and '.join(FLOATS)} weights, not {w.dtype}"
+    zeros = None if w.zeros is None else str(w.zeros.dtype)
+    return refusal_of(
+        format=w.format,
+        group=w.group,
+        layout=w.layout,
+        activation=w.activation,
+        scales=str(w.scales.dtype),
+        zeros=zeros,
+        over_shards=over_shards,
+    )
+
+
+def refusal_of(*, format, group, layout, activation, scales="float32", zeros=None, over_shards=False) -> str | None:
+    """`refusal` from what a weight is, without the weight."""
+    if format not in ("int8", "int4"):
+        return f"it multiplies {', '.join(FLOATS)}, int8 and int4 weights, not {format}"
+    if layout != "canonical":
+        return f"it reads the canonical layout, not {layout!r}"
+    if group is not None and (group < 32 or group & (group - 1)):
+        return f"it takes groups of 32, 64, 128 and further powers of two, not {group}"
+    if scales not in SCALES or zeros not in (None, *SCALES, "int8", "uint8"):
+        return f"it takes scales of {', '.join(SCALES)} and zeros of these or 8-bit integers, not {scales} and {zeros}"
+    inputs = activation and activation.group
+    if inputs and inputs % 32:
+        return f"it takes input scales per multiple of 32 inputs, not {inputs}"
+    if activation is not None and inputs is None and over_shards:
+        return "one input scale a token over several shards needs a collective inside the call"
+    return None

@@ -1,0 +1,225 @@
+"""The operations as native calls, their gradients, and which arguments they take.
+
+Gradients are those of the reference: a call has none of its own. Under vmap a call runs once for each element.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.cpu import library, operands
+from pallas_kernels.layer_cache import LayerCache
+from pallas_kernels.qtensor import QTensor
+
+PRIORITY = 20  # above the dots of XLA
+NORMS = {"rms": 0, "rms_offset": 1, "layer": 2}
+ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+CACHES = ("float32", "bfloat16", "float16", "int8")
+_CACHE_OPERAND, _WEIGHTS_OPERAND = 8, 16  # places of the cache and of the first weight among the operands of attention_block
+
+
+def _call(name, results, aliases=None):
+    return jax.ffi.ffi_call(name, results, vmap_method="sequential", input_output_aliases=aliases or {})
+
+
+def _float(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+# --- attention_block
+
+
+def supports_attention_block(target, facts) -> bool | str:
+    """CPUs, float32 x; weights as in `operands.refusal`; caches of any of their dtypes."""
+    weights, cache = facts["weights"], facts["cache"]
+    split = facts["max_over_shards"] is not None
+    reason = library.refusal(target.platform)
+    reason = reason or next((r for w in weights.qkv if (r := operands.refusal(w, False))), None)
+    reason = reason or operands.refusal(weights.out, split)
+    if reason is None and cache is not None and str(cache.k.dtype) not in CACHES:
+        reason = f"it takes caches of {', '.join(CACHES)}, not {cache.k.dtype}"
+    return reason or True
+
+
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, window, max_over_shards):
+    return _attention_block(spec, max_over_shards, x, weights, cache, angles, positions, rows, write, residual, window)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions, rows, write, residual, window):
+    B, T, _ = x.shape
+    parts = len(weights.qkv)
+    K = sum(w.shape[0] for w in weights.qkv) // ((spec.group + 2) * spec.head_dim)
+    qkv = (*weights.qkv, *(None,) * (3 - parts))
+    biases = (*(weights.qkv_bias or (None,) * parts), *(None,) * (3 - parts))
+    cos, sin = angles or (None, None)
+    flat = lambda a: operands.given(a, jnp.int32)
+    empty = (
+        LayerCache.zeros(rows=B, kv_heads=K, tokens=T, head_dim=spec.head_dim, dtype=jnp.float32) if cache is None else cache
+    )
+    caches = [a for a in (empty.k, empty.v, empty.k_scale, empty.v_scale) if a is not None]
+    arguments = [
+        x.astype(jnp.float32),
+        operands.given(residual),
+        flat(positions),
+        flat(rows),
+        operands.given(write, jnp.bool_),
+        operands.given(cos),
+        operands.given(sin),
+        operands.given(window, jnp.int32),
+        *([] if cache is None else caches),
+    ]
+    arguments += [operands.given(None)] * (_CACHE_OPERAND + 4 - len(arguments))
+    arguments += [operands.given(a) for a in (weights.norm, weights.norm_bias, weights.q_norm, weights.k_norm)]
+    for w, bias in zip(qkv, biases, strict=True):
+        arguments += operands.weight(w, bias)
+    arguments += operands.weight(weights.out, weights.out_bias)
+    groups = [operands.groups(w) for w in (*qkv, weights.out)]
+    results = [_float(B, T, weights.out.shape[0]), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in caches)]
+    aliases = {} if cache is None else {_CACHE_OPERAND + i: 1 + i for i in range(len(caches))}
+    y, *new = _call("jaxinfer_attention_block", results, aliases)(
+        *arguments,
+        integers=operands.integers(
+            *library.call_integers(), spec.head_dim, spec.group, NORMS[spec.norm], parts, *(n for pair in groups for n in pair)
+        ),
+        numbers=operands.numbers(spec.eps, spec.scale, spec.soft_cap or 0),
+    )
+    scales = dict(zip(("k_scale", "v_scale"), new[2:], strict=False))
+    return y, LayerCache(k=new[0], v=new[1], **scales)
+
+
+def _attention_forward(spec, max_over_shards, *arrays):
+    return _attention_block(spec, max_over_shards, *arrays), arrays
+
+
+def _attention_backward(spec, max_over_shards, arrays, gradient):
+    from pallas_kernels.attention_block import reference
+
+    names = ("angles", "positions", "rows", "write", "residual", "window")
+
+    def run(x, weights, cache, *rest):
+        named = dict(zip(names, rest, strict=True))
+        return reference.attention_block(x, weights, cache, spec=spec, max_over_shards=max_over_shards, **named)
+
+    return jax.vjp(run, *arrays)[1](gradient)
+
+
+_attention_block.defvjp(_attention_forward, _attention_backward)
+
+
+# --- mlp_block
+
+
+def supports_mlp_block(target, facts) -> bool | str:
+    """CPUs, float32 x; weights as in `operands.refusal`."""
+    weights = facts["weights"]
+    reason = library.refusal(target.platform)
+    reason = reason or next((r for w in weights.up if (r := operands.refusal(w, False))), None)
+    return reason or operands.refusal(weights.down, facts["max_over_shards"] is not None) or True
+
+
+def mlp_block(x, weights, *, spec, residual, max_over_shards):
+    return _mlp_block(spec, max_over_shards, x, weights, residual)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _mlp_block(spec, max_over_shards, x, weights, residual):
+    parts = len(weights.up)
+    up = (*weights.up, *(None,) * (2 - parts))
+    biases = (*(weights.up_bias or (None,) * parts), *(None,) * (2 - parts))
+    arguments = [x.astype(jnp.float32), *(operands.given(a) for a in (residual, weights.norm, weights.norm_bias))]
+    for w, bias in zip(up, biases, strict=True):
+        arguments += operands.weight(w, bias)
+    arguments += operands.weight(weights.down, weights.down_bias)
+    groups = [n for w in (*up, weights.down) for n in operands.groups(w)]
+    kind, activation = NORMS[spec.norm], ACTIVATIONS[spec.activation]
+    return _call("jaxinfer_mlp_block", _float(*x.shape[:2], weights.down.shape[0]))(
+        *arguments,
+        integers=operands.integers(*library.call_integers(), kind, activation, int(spec.gated), parts, *groups),
+        numbers=operands.numbers(spec.eps),
+    )
+
+
+def _mlp_forward(spec, max_over_shards, *arrays):
+    return _mlp_block(spec, max_over_shards, *arrays), arrays
+
+
+def _mlp_backward(spec, max_over_shards, arrays, gradient):
+    from pallas_kernels.mlp_block import reference
+
+    def run(x, weights, residual):
+        return reference.mlp_block(x, weights, spec=spec, residual=residual, max_over_shards=max_over_shards)
+
+    return jax.vjp(run, *arrays)[1](gradient)
+
+
+_mlp_block.defvjp(_mlp_forward, _mlp_backward)
+
+
+# --- quant_matmul
+
+
+def supports_quant_matmul(target, facts) -> bool | str:
+    """CPUs; weights as in `operands.refusal`."""
+    if reason := library.refusal(target.platform):
+        return reason
+    if facts["format"] in operands.FLOATS:
+        return True
+    given = {name: facts[name] for name in ("format", "group", "layout", "activation", "scales", "zeros", "over_shards")}
+    return operands.refusal_of(**given) or True
+
+
+def quant_matmul(x, w, *, bias, max_over_shards):
+    y = _quant_matmul(max_over_shards, x.reshape(-1, x.shape[-1]), w, bias)
+    return y.reshape(*x.shape[:-1], w.shape[0])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _quant_matmul(max_over_shards, x, w, bias):
+    return _call("jaxinfer_quant_matmul", _float(x.shape[0], w.shape[0]))(
+        x.astype(jnp.float32),
+        *operands.weight(w, bias),
+        integers=operands.integers(*library.call_integers(), *operands.groups(w)),
+    )
+
+
+def _matmul_forward(max_over_shards, *arrays):
+    return _quant_matmul(max_over_shards, *arrays), arrays
+
+
+def _matmul_backward(max_over_shards, arrays, gradient):
+    from pallas_kernels.quant_matmul import reference, xla
+
+    x, w, bias = arrays
+
+    def run(x, w, bias):
+        # a float weight multiplies inputs that were rounded to its dtype
+        run = reference if isinstance(w, QTensor) else xla
+        return run.quant_matmul(x, w, bias=bias, max_over_shards=max_over_shards)
+
+    return jax.vjp(run, x, w, bias)[1](gradient)
+
+
+_quant_matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+# --- argmax
+
+
+def supports_argmax(target, facts) -> bool | str:
+    """CPUs, float32 logits."""
+    if facts["dtype"] != jnp.float32:
+        return f"it reads float32 logits, not {facts['dtype']}"
+    return library.refusal(target.platform) or True
+
+
+def argmax(logits, *, shards):
+    rows = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
+    logits = jax.lax.stop_gradient(logits)
+    ids, largest = _call("jaxinfer_argmax", [rows, _float(*logits.shape[:1])])(
+        logits, integers=operands.integers(*library.call_integers())
+    )
+    # on the shards that do not hold the largest an id past every other one
+    here = jnp.where(largest < shards.max(largest), jnp.int32(2**31 - 1), ids + shards.offset)
+    return shards.min(here)

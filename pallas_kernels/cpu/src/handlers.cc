@@ -1,0 +1,339 @@
+// The doors from XLA (typed FFI) and from Python (ctypes). What an array must be is checked here, before a kernel runs.
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <string>
+
+#include "kernels.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jaxinfer {
+namespace {
+
+namespace ffi = xla::ffi;
+using Integers = ffi::Span<const int64_t>;
+using Numbers = ffi::Span<const float>;
+
+// Collects the first thing that is wrong.
+struct Check {
+  std::string problem;
+  bool ok() const { return problem.empty(); }
+  void require(bool condition, const std::string& what) {
+    if (!condition && problem.empty()) problem = what;
+  }
+  ffi::Error error(const char* op) const { return ffi::Error::InvalidArgument(std::string("jaxinfer ") + op + ": " + problem); }
+};
+
+std::string written(ffi::Span<const int64_t> dims) {
+  std::string out = "[";
+  for (int64_t d : dims) out += (out.size() > 1 ? ", " : "") + std::to_string(d);
+  return out + "]";
+}
+
+// An operand or result; one with no elements stands for None.
+struct Array {
+  const char* name;
+  ffi::DataType type;
+  ffi::Span<const int64_t> dims;
+  void* data;
+  int64_t size;
+
+  bool given() const { return size > 0; }
+  template <class T>
+  T* as() const {
+    return given() ? static_cast<T*>(data) : nullptr;
+  }
+  // Whether it is of `type_` and has the shape, where it is given.
+  void check(Check& check, ffi::DataType type_, std::initializer_list<int64_t> shape) const {
+    if (!given()) return;
+    bool same = type == type_ && dims.size() == shape.size();
+    if (same) same = std::memcmp(dims.begin(), shape.begin(), shape.size() * sizeof(int64_t)) == 0;
+    check.require(same, std::string(name) + " has the wrong dtype or shape " + written(dims) + ", expected " +
+                            written(ffi::Span<const int64_t>(shape.begin(), shape.size())));
+  }
+};
+
+Array argument(Check& check, const ffi::RemainingArgs& args, size_t i, const char* name) {
+  const auto buffer = args.get<ffi::AnyBuffer>(i);
+  if (buffer.has_error()) {
+    check.require(false, std::string("operand ") + name + " is missing");
+    return Array{name, ffi::DataType::INVALID, {}, nullptr, 0};
+  }
+  return Array{name, buffer->element_type(), buffer->dimensions(), buffer->untyped_data(), static_cast<int64_t>(buffer->element_count())};
+}
+
+bool cell_of(ffi::DataType type, Cell* cell) {
+  switch (type) {
+    case ffi::DataType::F32: *cell = Cell::f32; return true;
+    case ffi::DataType::BF16: *cell = Cell::bf16; return true;
+    case ffi::DataType::F16: *cell = Cell::f16; return true;
+    case ffi::DataType::S8: *cell = Cell::i8; return true;
+    case ffi::DataType::U8: *cell = Cell::u8; return true;
+    default: return false;
+  }
+}
+
+// A weight is four operands (values, scales, zeros, bias) and two integers (inputs that share a scale; that share an input scale).
+Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, int64_t group, int64_t input_group) {
+  const Array values = argument(check, args, first, "values"), scales = argument(check, args, first + 1, "scales");
+  const Array zeros = argument(check, args, first + 2, "zeros"), bias = argument(check, args, first + 3, "bias");
+  Linear w;
+  check.require(values.dims.size() == 2, "a weight must be [outputs, inputs]");
+  if (!check.ok()) return w;
+  w.outputs = values.dims[0];
+  w.inputs = values.dims[1];
+  w.values = values.data;
+  bias.check(check, ffi::DataType::F32, {w.outputs});
+  w.bias = bias.as<float>();
+  switch (values.type) {
+    case ffi::DataType::F32: w.format = Format::f32; return w;
+    case ffi::DataType::BF16: w.format = Format::bf16; return w;
+    case ffi::DataType::S8: w.format = Format::i8; break;
+    case ffi::DataType::U8:
+      w.format = Format::i4;
+      w.inputs *= 2;
+      check.require(group > 0, "int4 weights need a group");
+      break;
+    default: check.require(false, "weights must be float32, bfloat16, int8 or packed int4"); return w;
+  }
+  w.group = group;
+  w.input_group = input_group;
+  const bool power = group >= 32 && (group & (group - 1)) == 0;
+  check.require(group == 0 || (power && w.inputs % group == 0), "weight groups must be powers of two from 32 on that divide the inputs");
+  check.require(input_group < 0 || input_group % 32 == 0, "input groups must be multiples of 32");
+  if (!check.ok()) return w;
+  const int64_t groups = group > 0 ? w.inputs / group : 1;
+  check.require(scales.given() && cell_of(scales.type, &w.scale_cell) && w.scale_cell <= Cell::f16, "scales must be float32, bfloat16 or float16");
+  scales.check(check, scales.type, {w.outputs, groups});
+  w.scales = scales.data;
+  if (zeros.given()) {
+    check.require(w.format == Format::i4 && cell_of(zeros.type, &w.zero_cell), "zeros belong to int4 weights, as floats or 8-bit integers");
+    zeros.check(check, zeros.type, {w.outputs, groups});
+    w.zeros = zeros.data;
+  }
+  return w;
+}
+
+const Kernels* kernels(Check& check, int64_t level) {
+  const Kernels* const* usable = usable_kernels();
+  for (int64_t i = 0; usable[i]; ++i)
+    if (i == level) return usable[i];
+  check.require(false, "instruction set " + std::to_string(level) + " is not there");
+  return nullptr;
+}
+
+// Runs a kernel; memory that cannot be had is an error like others.
+template <class Call>
+ffi::Error run(const char* op, void (*kernel)(const Call&), const Call& call) {
+  try {
+    kernel(call);
+  } catch (const std::bad_alloc&) {
+    return ffi::Error(ffi::ErrorCode::kResourceExhausted, std::string("jaxinfer ") + op + ": no memory for its intermediate results");
+  }
+  return ffi::Error::Success();
+}
+
+// integers: level, threads, head_dim, query heads per kv head, norm kind, parts of qkv, then (group, input group) of q, k, v and out.
+// numbers: eps, scale, soft cap (0: none).
+ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Integers integers, Numbers numbers) {
+  Check check;
+  check.require(integers.size() == 14 && numbers.size() == 3 && args.size() == 32, "the library and its caller are of different versions");
+  if (!check.ok()) return check.error("attention_block");
+  const char* const names[] = {"x",      "residual", "positions", "rows",    "write",   "cos",    "sin",       "window",
+                               "cache k", "cache v",  "k scales",  "v scales", "norm", "norm bias", "q norm", "k norm"};
+  Array in[16];
+  for (size_t i = 0; i < 16; ++i) in[i] = argument(check, args, i, names[i]);
+  const auto &x = in[0], &residual = in[1], &positions = in[2], &rows = in[3], &write = in[4], &cos = in[5], &sin = in[6], &window = in[7];
+  const ffi::DataType f32 = ffi::DataType::F32, s32 = ffi::DataType::S32;
+  AttentionCall c;
+  check.require(x.dims.size() == 3 && x.type == f32, "x must be float32 [batch, tokens, embed]");
+  if (!check.ok()) return check.error("attention_block");
+  c.batch = x.dims[0], c.tokens = x.dims[1], c.embed = x.dims[2];
+  const Kernels* const table = kernels(check, integers[0]);
+  c.threads = static_cast<int>(integers[1]);
+  c.head_dim = integers[2];
+  const int64_t group = integers[3];
+  c.norm.kind = static_cast<NormKind>(integers[4]);
+  c.parts = static_cast<int>(integers[5]);
+  check.require(c.parts >= 1 && c.parts <= 3 && c.head_dim > 0 && group > 0, "bad integers");
+  if (!check.ok()) return check.error("attention_block");
+  int64_t columns = 0;
+  for (int p = 0; p < c.parts; ++p) {
+    c.qkv[p] = linear(check, args, 16 + 4 * p, integers[6 + 2 * p], integers[7 + 2 * p]);
+    check.require(c.qkv[p].inputs == c.embed, "qkv must have as many inputs as x");
+    columns += c.qkv[p].outputs;
+  }
+  c.out = linear(check, args, 28, integers[12], integers[13]);
+  check.require(columns > 0 && columns % ((group + 2) * c.head_dim) == 0, "qkv is not made of whole heads");
+  if (!check.ok()) return check.error("attention_block");
+  c.kv_heads = columns / ((group + 2) * c.head_dim);
+  c.heads = group * c.kv_heads;
+  check.require(c.out.inputs == c.heads * c.head_dim, "out must have an input for each number of the heads");
+  residual.check(check, f32, {c.batch, c.tokens, c.out.outputs});
+  positions.check(check, s32, {c.batch, c.tokens});
+  rows.check(check, s32, {c.batch});
+  write.check(check, ffi::DataType::PRED, {c.batch, c.tokens});
+  check.require(cos.dims.size() == 3 || !cos.given(), "cos must be [batch, tokens, half]");
+  if (!check.ok()) return check.error("attention_block");
+  c.rotary_half = cos.given() ? cos.dims[2] : 0;
+  cos.check(check, f32, {c.batch, c.tokens, c.rotary_half});
+  sin.check(check, f32, {c.batch, c.tokens, c.rotary_half});
+  check.require(cos.given() == sin.given() && 2 * c.rotary_half <= c.head_dim, "cos and sin must have at most half a head");
+  check.require(!window.given() || (window.type == s32 && window.size == 1), "window must be one int32");
+  c.norm.scale = in[12].as<float>();
+  c.norm.bias = in[13].as<float>();
+  for (int i : {12, 13}) in[i].check(check, f32, {c.embed});
+  for (int i : {14, 15}) in[i].check(check, f32, {c.head_dim});
+  c.q_norm = in[14].as<float>();
+  c.k_norm = in[15].as<float>();
+  c.x = x.as<float>(), c.residual = residual.as<float>();
+  c.positions = positions.as<int32_t>(), c.rows = rows.as<int32_t>(), c.write = write.as<uint8_t>();
+  c.cos = cos.as<float>(), c.sin = sin.as<float>(), c.window = window.as<int32_t>();
+  c.norm.eps = numbers[0], c.scale = numbers[1], c.soft_cap = numbers[2];
+
+  const auto y = rets.get<ffi::AnyBuffer>(0), k = rets.get<ffi::AnyBuffer>(1), v = rets.get<ffi::AnyBuffer>(2);
+  check.require(!y.has_error() && !k.has_error() && !v.has_error() && (rets.size() == 3 || rets.size() == 5), "it returns y and a cache");
+  if (!check.ok()) return check.error("attention_block");
+  const auto dims = (*k)->dimensions();
+  check.require(dims.size() == 4 && dims[1] == c.kv_heads && dims[3] == c.head_dim && (*v)->size_bytes() == (*k)->size_bytes(),
+                "the cache must be [rows, kv heads, tokens, head_dim], got " + written(dims));
+  check.require(cell_of((*k)->element_type(), &c.cache.cell) && c.cache.cell != Cell::u8, "the cache must be float32, bfloat16, float16 or int8");
+  check.require((c.cache.cell == Cell::i8) == (rets.size() == 5), "an int8 cache has scales, and no other one has");
+  check.require((*y)->element_type() == f32 && static_cast<int64_t>((*y)->element_count()) == c.batch * c.tokens * c.out.outputs, "y has the wrong shape");
+  if (!check.ok()) return check.error("attention_block");
+  c.cache.rows = dims[0], c.cache.tokens = dims[2];
+  check.require(rows.given() || c.cache.rows == c.batch, "without row ids the cache must have as many rows as x");
+  check.require(in[8].given() || c.cache.tokens == c.tokens, "a fresh cache must have as many tokens as x");
+  // the results of an aliased cache are its operands; a copy is needed only where XLA did not donate them
+  for (size_t i = 1; check.ok() && i < rets.size(); ++i) {
+    const auto result = rets.get<ffi::AnyBuffer>(i);
+    const Array& from = in[7 + i];
+    void* const to = (*result)->untyped_data();
+    if (from.given() && from.data != to) {
+      check.require((*result)->element_type() == from.type && static_cast<int64_t>((*result)->element_count()) == from.size, "the cache that comes back must be like the one given");
+      if (check.ok()) std::memcpy(to, from.data, (*result)->size_bytes());
+    }
+    void** const slots[] = {&c.cache.k, &c.cache.v, reinterpret_cast<void**>(&c.cache.k_scale), reinterpret_cast<void**>(&c.cache.v_scale)};
+    *slots[i - 1] = to;
+  }
+  if (!check.ok()) return check.error("attention_block");
+  if (!in[8].given()) c.positions = nullptr, c.rows = nullptr, c.write = nullptr;
+  c.y = static_cast<float*>((*y)->untyped_data());
+  return run("attention_block", table->attention_block, c);
+}
+
+// integers: level, threads, norm kind, activation, gated, parts of up, then (group, input group) of gate, up and down. numbers: eps.
+ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers, Numbers numbers) {
+  Check check;
+  check.require(integers.size() == 12 && numbers.size() == 1 && args.size() == 16, "the library and its caller are of different versions");
+  if (!check.ok()) return check.error("mlp_block");
+  const ffi::DataType f32 = ffi::DataType::F32;
+  const Array x = argument(check, args, 0, "x"), residual = argument(check, args, 1, "residual");
+  const Array norm = argument(check, args, 2, "norm"), norm_bias = argument(check, args, 3, "norm bias");
+  MlpCall c;
+  const Kernels* const table = kernels(check, integers[0]);
+  check.require(x.dims.size() == 3 && x.type == f32 && integers[5] >= 1 && integers[5] <= 2, "x must be float32 [batch, tokens, embed]");
+  if (!check.ok()) return check.error("mlp_block");
+  c.rows = x.dims[0] * x.dims[1], c.embed = x.dims[2];
+  c.threads = static_cast<int>(integers[1]);
+  c.norm.kind = static_cast<NormKind>(integers[2]);
+  c.activation = static_cast<Activation>(integers[3]);
+  c.gated = integers[4] != 0;
+  c.parts = static_cast<int>(integers[5]);
+  for (int p = 0; p < c.parts; ++p) {
+    c.up[p] = linear(check, args, 4 + 4 * p, integers[6 + 2 * p], integers[7 + 2 * p]);
+    check.require(c.up[p].inputs == c.embed, "gate and up must have as many inputs as x");
+  }
+  c.down = linear(check, args, 12, integers[10], integers[11]);
+  c.width = c.down.inputs;
+  const bool joined = c.gated && c.parts == 1;
+  check.require(c.gated || c.parts == 1, "an ungated MLP has one weight before its activation");
+  for (int p = 0; p < c.parts; ++p) check.require(c.up[p].outputs == (joined ? 2 : 1) * c.width, "gate and up must have as many outputs as down has inputs");
+  norm.check(check, f32, {c.embed});
+  norm_bias.check(check, f32, {c.embed});
+  residual.check(check, f32, {x.dims[0], x.dims[1], c.down.outputs});
+  check.require(static_cast<int64_t>(y->element_count()) == c.rows * c.down.outputs, "y has the wrong shape");
+  if (!check.ok()) return check.error("mlp_block");
+  c.norm.scale = norm.as<float>(), c.norm.bias = norm_bias.as<float>(), c.norm.eps = numbers[0];
+  c.x = x.as<float>(), c.residual = residual.as<float>(), c.y = y->typed_data();
+  return run("mlp_block", table->mlp_block, c);
+}
+
+// integers: level, threads, group, input group.
+ffi::Error Matmul(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers) {
+  Check check;
+  check.require(integers.size() == 4 && args.size() == 5, "the library and its caller are of different versions");
+  if (!check.ok()) return check.error("quant_matmul");
+  const Array x = argument(check, args, 0, "x");
+  const Kernels* const table = kernels(check, integers[0]);
+  MatmulCall c;
+  c.threads = static_cast<int>(integers[1]);
+  c.w = linear(check, args, 1, integers[2], integers[3]);
+  check.require(x.dims.size() == 2 && x.type == ffi::DataType::F32 && x.dims[1] == c.w.inputs, "x must be float32 [rows, inputs]");
+  if (!check.ok()) return check.error("quant_matmul");
+  c.rows = x.dims[0];
+  check.require(static_cast<int64_t>(y->element_count()) == c.rows * c.w.outputs, "y has the wrong shape");
+  if (!check.ok()) return check.error("quant_matmul");
+  c.x = x.as<float>(), c.y = y->typed_data();
+  return run("quant_matmul", table->matmul, c);
+}
+
+// integers: level, threads.
+ffi::Error Argmax(ffi::Buffer<ffi::DataType::F32> x, ffi::Result<ffi::Buffer<ffi::DataType::S32>> ids, ffi::Result<ffi::Buffer<ffi::DataType::F32>> largest,
+                  Integers integers) {
+  Check check;
+  const auto dims = x.dimensions();
+  check.require(integers.size() == 2 && dims.size() == 2 && dims[1] > 0, "x must be [rows, columns]");
+  const Kernels* const table = check.ok() ? kernels(check, integers[0]) : nullptr;
+  check.require(static_cast<int64_t>(ids->element_count()) == dims[0] && ids->element_count() == largest->element_count(), "one result a row");
+  if (!check.ok()) return check.error("argmax");
+  return run("argmax", table->argmax,
+             ArgmaxCall{dims[0], dims[1], x.typed_data(), ids->typed_data(), largest->typed_data(), static_cast<int>(integers[1])});
+}
+
+}  // namespace
+}  // namespace jaxinfer
+
+#define JAXINFER_EXPORT extern "C" __attribute__((visibility("default")))
+#define JAXINFER_HANDLER(name, binding)                                       \
+  JAXINFER_EXPORT XLA_FFI_Error* name(XLA_FFI_CallFrame* frame) {             \
+    static auto* const handler = (binding).release();                         \
+    return handler->Call(frame);                                              \
+  }
+
+JAXINFER_HANDLER(jaxinfer_attention_block, xla::ffi::Ffi::Bind()
+                                               .RemainingArgs()
+                                               .RemainingRets()
+                                               .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                               .Attr<xla::ffi::Span<const float>>("numbers")
+                                               .To(jaxinfer::AttentionBlock))
+JAXINFER_HANDLER(jaxinfer_mlp_block, xla::ffi::Ffi::Bind()
+                                         .RemainingArgs()
+                                         .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                         .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                         .Attr<xla::ffi::Span<const float>>("numbers")
+                                         .To(jaxinfer::MlpBlock))
+JAXINFER_HANDLER(jaxinfer_quant_matmul, xla::ffi::Ffi::Bind()
+                                            .RemainingArgs()
+                                            .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                            .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                            .To(jaxinfer::Matmul))
+JAXINFER_HANDLER(jaxinfer_argmax, xla::ffi::Ffi::Bind()
+                                      .Arg<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                      .Ret<xla::ffi::Buffer<xla::ffi::DataType::S32>>()
+                                      .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                      .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                      .To(jaxinfer::Argmax))
+
+// The name of a usable instruction set, the best first, or null past the last.
+JAXINFER_EXPORT const char* jaxinfer_instruction_set(int level) {
+  const jaxinfer::Kernels* const* usable = jaxinfer::usable_kernels();
+  for (int i = 0; usable[i]; ++i)
+    if (i == level) return usable[i]->name;
+  return nullptr;
+}
+// Reads `bytes` bytes with `threads` threads.
+JAXINFER_EXPORT int64_t jaxinfer_read(const void* data, int64_t bytes, int threads) { return jaxinfer::usable_kernels()[0]->read(data, bytes, threads); }
+// What this library was built from.
+JAXINFER_EXPORT const char* jaxinfer_sources() { return JAXINFER_SOURCES; }
+JAXINFER_EXPORT int jaxinfer_ffi_minor() { return XLA_FFI_API_MINOR; }

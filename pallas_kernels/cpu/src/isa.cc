@@ -1,0 +1,55 @@
+#include "kernels.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
+namespace jaxinfer {
+
+#if defined(__x86_64__)
+namespace {
+
+// What compilers do not all know by name. AVX2 says that the system saves the registers.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c >> 29 & 1);
+}
+bool has_avx_vnni() {
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+}
+
+}  // namespace
+#endif
+
+const Kernels* const* usable_kernels() {
+  static const Kernels* found[6] = {nullptr};
+  static const bool ready = [] {
+    int n = 0;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &kAvx512Bf16;
+    if (avx512) found[n++] = &kAvx512;
+    if (avx2 && has_avx_vnni()) found[n++] = &kAvx2Vnni;
+    if (avx2) found[n++] = &kAvx2;
+#elif defined(__aarch64__)
+#if defined(__APPLE__)
+    found[n++] = &kNeonDot;  // every CPU of Apple's has it
+#elif defined(__linux__)
+    constexpr unsigned long kAsimdDot = 1ul << 20;
+    if (getauxval(AT_HWCAP) & kAsimdDot) found[n++] = &kNeonDot;
+#endif
+#endif
+    found[n++] = &kPlain;
+    return true;
+  }();
+  (void)ready;
+  return found;
+}
+
+}  // namespace jaxinfer

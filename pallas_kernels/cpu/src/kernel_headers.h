@@ -1,0 +1,16 @@
+// What the kernels include, before any instruction set is named: an inline function of a header compiled for a newer CPU could be the
+// one that the linker keeps for all.
+#pragma once
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "arena.h"
+#include "kernels.h"
+#include "pool.h"
+
+// Kernels keep sums in registers only where they are inlined into the loop that owns these.
+#define INLINE static inline __attribute__((always_inline))
+#define INLINE_LAMBDA __attribute__((always_inline))
+#define INLINE_MEMBER static __attribute__((always_inline))

@@ -1,0 +1,13 @@
+#include "kernel_headers.h"
+
+namespace jaxinfer {
+namespace plain {
+namespace {
+#include "simd_generic.inc"
+#include "kernels.inc"
+}  // namespace
+}  // namespace plain
+
+const Kernels kPlain = {"plain", plain::attention_block, plain::mlp_block, plain::matmul_call, plain::argmax_call, plain::read_call};
+
+}  // namespace jaxinfer

@@ -1,0 +1,105 @@
+// What the FFI handlers hand to the kernels: plain views of arrays. Nothing here depends on an instruction set or on XLA.
+#pragma once
+#include <cstdint>
+
+namespace jaxinfer {
+
+// How numbers are stored.
+enum class Cell : int32_t { f32, bf16, f16, i8, u8 };
+// How a weight is stored: floats, int8 levels, or two 4-bit levels a byte (see pallas_kernels/qtensor.py).
+enum class Format : int32_t { f32, bf16, i8, i4 };
+
+// A canonical weight [outputs, inputs]: row o holds what output o reads. Scales [outputs, groups].
+struct Linear {
+  Format format = Format::f32;
+  int64_t outputs = 0, inputs = 0;
+  const void* values = nullptr;
+  const void* scales = nullptr;  // null for floats
+  Cell scale_cell = Cell::f32;
+  const void* zeros = nullptr;  // null: symmetric; f16, bf16 or f32: a minimum per group; i8 or u8: a zero point per group
+  Cell zero_cell = Cell::f32;
+  int64_t group = 0;         // inputs per scale; 0: one scale a row
+  int64_t input_group = -1;  // inputs that share an int8 scale; 0: all of them; -1: inputs stay floats
+  const float* bias = nullptr;
+};
+
+enum class NormKind : int32_t { rms, rms_offset, layer };
+
+struct Norm {
+  NormKind kind = NormKind::rms;
+  const float* scale = nullptr;
+  const float* bias = nullptr;
+  float eps = 0;
+};
+
+// Keys and values [rows, kv_heads, tokens, head_dim]; int8 has float32 scales [rows, kv_heads, tokens].
+struct Cache {
+  Cell cell = Cell::f32;
+  void *k = nullptr, *v = nullptr;
+  float *k_scale = nullptr, *v_scale = nullptr;
+  int64_t rows = 0, tokens = 0;
+};
+
+struct AttentionCall {
+  int64_t batch = 0, tokens = 0, embed = 0, heads = 0, kv_heads = 0, head_dim = 0, rotary_half = 0;
+  const float* x = nullptr;         // [batch, tokens, embed]
+  const float* residual = nullptr;  // like x, or null
+  const int32_t* positions = nullptr;  // [batch, tokens]; null: 0, 1, 2, ...
+  const int32_t* rows = nullptr;       // [batch]; null: 0, 1, 2, ...
+  const uint8_t* write = nullptr;      // [batch, tokens]; null: all
+  const float *cos = nullptr, *sin = nullptr;  // [batch, tokens, rotary_half]
+  const int32_t* window = nullptr;             // a scalar; null: none
+  Norm norm;
+  const float *q_norm = nullptr, *k_norm = nullptr;  // [head_dim]
+  Linear qkv[3];
+  int parts = 0;
+  Linear out;
+  float scale = 1, soft_cap = 0;  // soft_cap 0: none
+  Cache cache;
+  float* y = nullptr;  // [batch, tokens, out.outputs]
+  int threads = 1;
+};
+
+enum class Activation : int32_t { silu, gelu, gelu_tanh, relu };
+
+struct MlpCall {
+  int64_t rows = 0, embed = 0, width = 0;
+  const float* x = nullptr;
+  const float* residual = nullptr;
+  Norm norm;
+  Linear up[2];  // gate and up, or one of them joined (2 width outputs), or the one matrix of an ungated MLP
+  int parts = 0;
+  bool gated = false;
+  Activation activation = Activation::silu;
+  Linear down;
+  float* y = nullptr;
+  int threads = 1;
+};
+
+struct MatmulCall {
+  int64_t rows = 0;
+  const float* x = nullptr;
+  Linear w;
+  float* y = nullptr;
+  int threads = 1;
+};
+
+struct ArgmaxCall {
+  int64_t rows = 0, columns = 0;
+  const float* x = nullptr;
+  int32_t* y = nullptr;
+  float* largest = nullptr;
+  int threads = 1;
+};
+
+// One instruction set's kernels.
+struct Kernels {
+  const char* name;
+  void (*attention_block)(const AttentionCall&);
+  void (*mlp_block)(const MlpCall&);
+  void (*matmul)(const MatmulCall&);
+  void (*argmax)(const ArgmaxCall&);
+  int64_t (*read)(const void* data, int64_t bytes, int threads);  // reads all of it; returns a sum so that it cannot be left out
+};
+
+}  // namespace jaxinfer

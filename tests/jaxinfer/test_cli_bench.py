@@ -1,0 +1,108 @@
+"""`jaxinfer bench`: what it measures, and the layout that it promises."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from jaxinfer import cli
+from jaxinfer.measuring import Spread, timed
+
+SIZES = [
+    "--prompt-tokens",
+    "16",
+    "--batch",
+    "2",
+    "--context",
+    "16",
+    "--tokens",
+    "2",
+    "--repetitions",
+    "2",
+    "--max-length",
+    "128",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model):
+    return str(tiny_model(num_hidden_layers=2).folder)
+
+
+def check_spread(spread: dict) -> None:
+    assert spread.keys() == {"median", "min", "max", "count"}
+    assert 0 < spread["min"] <= spread["median"] <= spread["max"] and spread["count"] == 2
+
+
+def test_json(folder, capsys) -> None:
+    assert cli.main(["bench", folder, *SIZES, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["format_version"] == 1 and facts["source"] == folder and facts["platform"] == "cpu" and facts["devices"] == 1
+    assert (
+        facts["mesh"]["tensor"] == 1
+        and facts["cores"] >= 1
+        and facts["processor"]
+        and facts["versions"].keys() >= {"jax", "jaxlib"}
+    )
+    assert 1e8 < facts["bandwidth_bytes_per_second"] < 1e13
+    # two layers and the head, as float32; of the embedding one row is read
+    layer = 72 * (72 + 2 * 24 + 72 + 3 * 96 + 2)
+    assert facts["weight_bytes"] == 4 * (2 * layer + 97 * 72 + 72)
+
+    [prefill] = facts["prefill"]
+    assert (prefill["tokens"], prefill["sequences"]) == (16, 1)
+    check_spread(prefill["seconds"])
+    assert prefill["tokens_per_second"]["median"] == pytest.approx(16 / prefill["seconds"]["median"])
+
+    assert [d["sequences"] for d in facts["decode"]] == [2]
+    for decode in facts["decode"]:
+        check_spread(decode["seconds_per_step"])
+        assert (decode["context"], decode["cache"], decode["steps"]) == (16, 128, 2)
+        assert decode["tokens_per_second"]["max"] == pytest.approx(decode["sequences"] / decode["seconds_per_step"]["min"])
+        # the second and third pair of tokens after the context are timed: 20 cached tokens on average, keys and values in 3 heads of 8
+        cached = decode["sequences"] * 20 * 2 * 2 * 3 * 8 * 4
+        assert decode["bytes_per_step"] == facts["weight_bytes"] + cached
+        assert decode["bytes_per_second"]["median"] == pytest.approx(
+            decode["bytes_per_step"] / decode["seconds_per_step"]["median"]
+        )
+        share = decode["bytes_per_second"]["median"] / facts["bandwidth_bytes_per_second"]
+        assert decode["share_of_bandwidth"]["median"] == pytest.approx(share)
+
+    kinds = [(e["block"], e["phase"], e["sequences"], e["tokens"]) for e in facts["layers"]]
+    assert kinds == [(block, *sizes) for sizes in (("decode", 2, 1), ("prefill", 1, 16)) for block in ("attention", "mlp")]
+    for entry in facts["layers"]:
+        check_spread(entry["seconds"])
+    assert sum(e["weight_bytes"] for e in facts["layers"][:2]) == 4 * layer
+
+
+def test_tables(folder, capsys) -> None:
+    assert cli.main(["bench", folder, *SIZES, "--without-layers"]) == 0
+    out = capsys.readouterr().out
+    assert "prefill" in out and "16 tokens" in out and "share" in out and "one layer" not in out
+
+
+@pytest.mark.slow
+def test_a_mesh(folder, capsys) -> None:
+    """Two stages and two copies: the least state holds four sequences, and its weights are read four times."""
+    arguments = ["--pp", "2", "--dp", "2", "--batch", "3", "--without-layers", "--json"]
+    assert cli.main(["bench", folder, *SIZES, *arguments]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["devices"] == 4 and facts["prefill"][0]["sequences"] == 2
+    assert facts["decode"][0]["sequences"] == 4
+
+
+def test_what_does_not_fit_is_refused(folder, capsys) -> None:
+    assert cli.main(["bench", folder, *SIZES, "--prompt-tokens", "4096"]) == 1
+    assert "--prompt-tokens need 4096 tokens, inference_max_tokens is 128" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", folder, "--batch", "0"])
+    assert "--batch needs numbers of at least 1" in capsys.readouterr().err
+
+
+def test_spread() -> None:
+    spread = Spread.of([2.0, 1.0, 4.0])
+    assert spread.to_dict() == {"median": 2.0, "min": 1.0, "max": 4.0, "count": 3}
+    assert spread.each(lambda s: 1 / s).to_dict() == {"median": 0.5, "min": 0.25, "max": 1.0, "count": 3}
+    calls: list[int] = []
+    assert timed(lambda: calls.append(1), 3).count == 3 and len(calls) == 4

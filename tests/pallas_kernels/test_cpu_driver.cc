@@ -1,0 +1,452 @@
+// The native kernels without Python: every format and block against plain loops in double, with random sizes, arrays of exactly the
+// size that a kernel may read, and several callers at once. Meant for the sanitizers: scripts/test_native_sanitizers.sh.
+//
+//     driver [cases] [seed]       prints what failed, with its seed, and returns 1
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <random>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "kernels.h"
+
+using namespace jaxinfer;
+
+namespace {
+
+std::atomic<int> failures{0};
+
+// Bytes on the heap that end where the array ends.
+struct Bytes {
+  std::unique_ptr<char[]> data;
+  int64_t size = 0;
+  explicit Bytes(int64_t n = 0) : data(new char[static_cast<size_t>(n)]), size(n) {}
+};
+template <class T>
+Bytes exact(const std::vector<T>& v) {
+  Bytes out(static_cast<int64_t>(v.size() * sizeof(T)));
+  if (!v.empty()) std::memcpy(out.data.get(), v.data(), v.size() * sizeof(T));
+  return out;
+}
+
+uint16_t to_bf16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+float from_bf16(uint16_t h) {
+  const uint32_t bits = static_cast<uint32_t>(h) << 16;
+  float x;
+  std::memcpy(&x, &bits, 4);
+  return x;
+}
+// small powers of two and simple fractions, exact in float16
+uint16_t to_f16(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  if (x == 0) return 0;
+  return static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits >> 23 & 255) - 112) << 10 | (bits >> 13 & 0x3ff));
+}
+
+struct Random {
+  std::mt19937_64 engine;
+  explicit Random(uint64_t seed) : engine(seed) {}
+  int64_t below(int64_t n) { return static_cast<int64_t>(engine() % static_cast<uint64_t>(n)); }
+  int64_t between(int64_t a, int64_t b) { return a + below(b - a + 1); }
+  bool coin() { return engine() & 1; }
+  float normal() { return std::normal_distribution<float>()(engine); }
+  std::vector<float> floats(int64_t n, float scale = 1) {
+    std::vector<float> v(static_cast<size_t>(n));
+    for (float& x : v) x = normal() * scale;
+    return v;
+  }
+  template <class T>
+  T pick(std::initializer_list<T> from) {
+    return from.begin()[below(static_cast<int64_t>(from.size()))];
+  }
+};
+
+// A weight in some format with its values as doubles.
+struct Weight {
+  Linear view;
+  std::vector<double> w;
+  Bytes values, scales, zeros, bias;
+  std::vector<float> bias_values;
+};
+
+Weight make_weight(Random& random, int64_t outputs, int64_t inputs, bool round_inputs) {
+  Weight out;
+  Linear& v = out.view;
+  v.outputs = outputs, v.inputs = inputs;
+  out.w.resize(static_cast<size_t>(outputs * inputs));
+  v.format = inputs % 32 ? random.pick({Format::f32, Format::bf16}) : random.pick({Format::f32, Format::bf16, Format::i8, Format::i4});
+  const auto whole = random.floats(outputs * inputs, 0.3f);
+  if (v.format == Format::f32) {
+    for (size_t i = 0; i < out.w.size(); ++i) out.w[i] = whole[i];
+    out.values = exact(whole);
+  } else if (v.format == Format::bf16) {
+    std::vector<uint16_t> cells(whole.size());
+    for (size_t i = 0; i < cells.size(); ++i) out.w[i] = from_bf16(cells[i] = to_bf16(whole[i]));
+    out.values = exact(cells);
+  } else {
+    int64_t group = random.pick<int64_t>({32, 64, 128, 256});
+    while (inputs % group) group /= 2;
+    const bool four = v.format == Format::i4;
+    v.group = four || random.coin() ? group : 0;
+    v.input_group = round_inputs ? random.pick<int64_t>({-1, 0, 32, 64}) : -1;
+    const int64_t size = v.group ? v.group : inputs, groups = inputs / size;
+    std::vector<float> scale(static_cast<size_t>(outputs * groups)), minimum(scale.size());
+    std::vector<uint8_t> point(scale.size());
+    const int kind = four ? static_cast<int>(random.below(3)) : 0;
+    for (size_t g = 0; g < scale.size(); ++g) {
+      scale[g] = std::ldexp(1.0f + static_cast<float>(random.below(8)) / 8, static_cast<int>(random.between(-8, -5)));
+      minimum[g] = -scale[g] * 7.5f;
+      minimum[g] = std::ldexp(std::round(std::ldexp(minimum[g], 10)), -10);
+      if (std::fabs(minimum[g]) < 0.001f) minimum[g] = -0.0625f;
+      point[g] = static_cast<uint8_t>(random.below(16));
+    }
+    std::vector<int8_t> levels(out.w.size());
+    for (int64_t o = 0; o < outputs; ++o)
+      for (int64_t i = 0; i < inputs; ++i) {
+        const size_t at = static_cast<size_t>(o * inputs + i), g = static_cast<size_t>(o * groups + i / size);
+        const int level = static_cast<int>(four ? random.below(16) : random.between(-128, 127));
+        levels[at] = static_cast<int8_t>(level);
+        out.w[at] = kind == 1 ? static_cast<double>(level) * scale[g] + minimum[g] : (level - (kind == 2 ? point[g] : four ? 8 : 0)) * static_cast<double>(scale[g]);
+      }
+    if (four) {
+      std::vector<uint8_t> packed(levels.size() / 2);
+      for (int64_t o = 0; o < outputs; ++o)
+        for (int64_t block = 0; block < inputs / 32; ++block)
+          for (int j = 0; j < 16; ++j) {
+            const int8_t* const from = levels.data() + o * inputs + block * 32 + j;
+            packed[static_cast<size_t>(o * inputs / 2 + block * 16 + j)] = static_cast<uint8_t>(from[0] | from[16] << 4);
+          }
+      out.values = exact(packed);
+    } else {
+      out.values = exact(levels);
+    }
+    v.scale_cell = random.pick({Cell::f32, Cell::f16});
+    const auto cells = [&](const std::vector<float>& from) {
+      if (v.scale_cell == Cell::f32) return exact(from);
+      std::vector<uint16_t> halves(from.size());
+      for (size_t i = 0; i < from.size(); ++i) halves[i] = to_f16(from[i]);
+      return exact(halves);
+    };
+    out.scales = cells(scale);
+    v.scales = out.scales.data.get();
+    if (kind == 1) out.zeros = cells(minimum), v.zero_cell = v.scale_cell, v.zeros = out.zeros.data.get();
+    if (kind == 2) out.zeros = exact(point), v.zero_cell = Cell::u8, v.zeros = out.zeros.data.get();
+  }
+  v.values = out.values.data.get();
+  if (random.coin()) {
+    out.bias_values = random.floats(outputs);
+    out.bias = exact(out.bias_values);
+    v.bias = reinterpret_cast<const float*>(out.bias.data.get());
+  }
+  return out;
+}
+
+// One row through a weight, its inputs rounded as the weight says.
+std::vector<double> multiply(const Weight& w, const double* x) {
+  const Linear& v = w.view;
+  std::vector<double> rounded(x, x + v.inputs), y(static_cast<size_t>(v.outputs));
+  if (v.format == Format::bf16)
+    for (double& r : rounded) r = from_bf16(to_bf16(static_cast<float>(r)));
+  if ((v.format == Format::i8 || v.format == Format::i4) && v.input_group >= 0) {
+    const int64_t size = v.input_group ? v.input_group : v.inputs;
+    for (int64_t at = 0; at < v.inputs; at += size) {
+      float top = 0;
+      for (int64_t i = at; i < std::min(at + size, v.inputs); ++i) top = std::max(top, std::fabs(static_cast<float>(x[i])));
+      const float scale = top * (1.0f / 127);
+      for (int64_t i = at; i < std::min(at + size, v.inputs); ++i)
+        rounded[static_cast<size_t>(i)] = scale == 0 ? 0 : std::nearbyint(static_cast<float>(x[i]) / scale) * static_cast<double>(scale);
+    }
+  }
+  for (int64_t o = 0; o < v.outputs; ++o) {
+    double total = w.bias_values.empty() ? 0 : w.bias_values[static_cast<size_t>(o)];
+    for (int64_t i = 0; i < v.inputs; ++i) total += w.w[static_cast<size_t>(o * v.inputs + i)] * rounded[static_cast<size_t>(i)];
+    y[static_cast<size_t>(o)] = total;
+  }
+  return y;
+}
+
+void compare(const std::string& what, const float* got, const std::vector<double>& want, double tolerance) {
+  double size = 1e-6, worst = 0;
+  for (double x : want) size = std::max(size, std::fabs(x));
+  for (size_t i = 0; i < want.size(); ++i) {
+    const double error = std::fabs(got[i] - want[i]);
+    worst = std::isnan(error) ? INFINITY : std::max(worst, error);
+  }
+  if (worst / size > tolerance) {
+    std::fprintf(stderr, "FAILED %s: error %g of %g\n", what.c_str(), worst, size);
+    ++failures;
+  }
+}
+
+std::vector<double> norm(const Norm& n, const float* x, int64_t size) {
+  double mean = 0, total = 0;
+  if (n.kind == NormKind::layer)
+    for (int64_t i = 0; i < size; ++i) mean += x[i] / static_cast<double>(size);
+  for (int64_t i = 0; i < size; ++i) total += (x[i] - mean) * (x[i] - mean);
+  std::vector<double> y(static_cast<size_t>(size));
+  for (int64_t i = 0; i < size; ++i) {
+    double v = (x[i] - mean) / std::sqrt(total / static_cast<double>(size) + n.eps);
+    if (n.scale) v *= n.scale[i] + (n.kind == NormKind::rms_offset ? 1 : 0);
+    y[static_cast<size_t>(i)] = v + (n.bias ? n.bias[i] : 0);
+  }
+  return y;
+}
+
+const float* floats_of(const Bytes& b) { return b.size ? reinterpret_cast<const float*>(b.data.get()) : nullptr; }
+
+void test_matmul(const Kernels& kernels, Random& random, const std::string& name) {
+  const int64_t inputs = random.coin() ? 32 * random.between(1, 70) : random.between(1, 90), outputs = random.between(1, 90);
+  const int64_t rows = random.pick<int64_t>({1, 2, 3, 5, 9, 13, 34, 70, 260});
+  const Weight w = make_weight(random, outputs, inputs, true);
+  auto x = random.floats(rows * inputs);
+  if (random.coin())
+    for (int64_t i = 0; i < std::min<int64_t>(64, inputs); ++i) x[static_cast<size_t>(i)] = 0;
+  const Bytes held = exact(x);
+  Bytes y(rows * outputs * 4);
+  MatmulCall call{rows, floats_of(held), w.view, reinterpret_cast<float*>(y.data.get()), static_cast<int>(random.between(1, 4))};
+  kernels.matmul(call);
+  std::vector<double> want;
+  for (int64_t m = 0; m < rows; ++m) {
+    const std::vector<double> row(x.begin() + m * inputs, x.begin() + (m + 1) * inputs), made = multiply(w, row.data());
+    want.insert(want.end(), made.begin(), made.end());
+  }
+  compare(name + " matmul " + std::to_string(rows) + "x" + std::to_string(inputs) + "x" + std::to_string(outputs) + " format " +
+              std::to_string(static_cast<int>(w.view.format)),
+          call.y, want, 1e-4);
+}
+
+void test_mlp(const Kernels& kernels, Random& random, const std::string& name) {
+  MlpCall c;
+  c.rows = random.pick<int64_t>({1, 2, 3, 9, 40, 270});
+  c.embed = random.coin() ? 64 : random.between(1, 70);
+  c.width = random.coin() ? 96 : random.between(1, 100);
+  c.gated = random.coin();
+  c.parts = c.gated && random.coin() ? 2 : 1;
+  c.activation = random.pick({Activation::silu, Activation::gelu, Activation::gelu_tanh, Activation::relu});
+  c.threads = static_cast<int>(random.between(1, 4));
+  std::vector<Weight> ups;
+  for (int p = 0; p < c.parts; ++p) {
+    ups.push_back(make_weight(random, c.width * (c.gated && c.parts == 1 ? 2 : 1), c.embed, false));
+    c.up[p] = ups.back().view;
+  }
+  const Weight down = make_weight(random, random.between(1, 40), c.width, false);
+  c.down = down.view;
+  const auto x = random.floats(c.rows * c.embed), scale = random.floats(c.embed), bias = random.floats(c.embed),
+             residual = random.floats(c.rows * c.down.outputs);
+  const Bytes xs = exact(x), scales = exact(scale), biases = exact(bias), residuals = exact(residual);
+  c.x = floats_of(xs);
+  c.norm = Norm{random.pick({NormKind::rms, NormKind::rms_offset, NormKind::layer}), floats_of(scales), random.coin() ? floats_of(biases) : nullptr, 1e-5f};
+  c.residual = random.coin() ? floats_of(residuals) : nullptr;
+  Bytes y(c.rows * c.down.outputs * 4);
+  c.y = reinterpret_cast<float*>(y.data.get());
+  kernels.mlp_block(c);
+  const auto act = [&](double v) {
+    switch (c.activation) {
+      case Activation::silu: return v / (1 + std::exp(-v));
+      case Activation::gelu: return v * 0.5 * std::erfc(-v / std::sqrt(2.0));
+      case Activation::gelu_tanh: return 0.5 * v * (1 + std::tanh(std::sqrt(2 / 3.14159265358979) * (v + 0.044715 * v * v * v)));
+      default: return std::max(v, 0.0);
+    }
+  };
+  std::vector<double> want;
+  for (int64_t m = 0; m < c.rows; ++m) {
+    const auto n = norm(c.norm, x.data() + m * c.embed, c.embed);
+    std::vector<double> h;
+    for (const Weight& up : ups) {
+      const auto made = multiply(up, n.data());
+      h.insert(h.end(), made.begin(), made.end());
+    }
+    std::vector<double> hidden(static_cast<size_t>(c.width));
+    for (size_t i = 0; i < hidden.size(); ++i) hidden[i] = act(h[i]) * (c.gated ? h[i + hidden.size()] : 1);
+    auto made = multiply(down, hidden.data());
+    for (size_t o = 0; o < made.size(); ++o) want.push_back(made[o] + (c.residual ? residual[static_cast<size_t>(m) * made.size() + o] : 0));
+  }
+  bool halves = down.view.format == Format::bf16;
+  for (const Weight& up : ups) halves = halves || up.view.format == Format::bf16;
+  // inputs of bfloat16 weights are rounded: one that falls to the other side moves an output by 2^-9 of an input
+  compare(name + " mlp_block " + std::to_string(c.rows) + " rows", c.y, want, halves ? 1e-2 : 1e-4);
+}
+
+void test_attention(const Kernels& kernels, Random& random, const std::string& name) {
+  AttentionCall c;
+  c.batch = random.between(1, 3);
+  c.tokens = random.pick<int64_t>({1, 1, 2, 5, 21, 90});
+  c.embed = random.between(1, 70);
+  c.kv_heads = random.between(1, 3);
+  const int64_t group = random.pick<int64_t>({1, 2, 3, 5, 9});
+  c.heads = group * c.kv_heads;
+  c.head_dim = random.pick<int64_t>({1, 10, 16, 32, 40, 64, 80});
+  c.rotary_half = random.below(c.head_dim / 2 + 1);
+  c.threads = static_cast<int>(random.between(1, 4));
+  c.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
+  c.soft_cap = random.coin() ? 5.0f : 0.0f;
+  c.cache.rows = c.batch + random.below(2);
+  c.cache.tokens = c.tokens + random.below(200);
+  c.cache.cell = random.pick({Cell::f32, Cell::bf16, Cell::i8});
+  const int64_t columns = (c.heads + 2 * c.kv_heads) * c.head_dim, count = c.cache.rows * c.kv_heads * c.cache.tokens * c.head_dim;
+  const Weight qkv = make_weight(random, columns, c.embed, false), out = make_weight(random, random.between(1, 40), c.heads * c.head_dim, false);
+  c.qkv[0] = qkv.view, c.parts = 1, c.out = out.view;
+  const auto x = random.floats(c.batch * c.tokens * c.embed), scale = random.floats(c.embed), qn = random.floats(c.head_dim), kn = random.floats(c.head_dim);
+  std::vector<int32_t> positions, rows;
+  const int64_t first = random.below(c.cache.tokens - c.tokens + 1);
+  for (int64_t b = 0; b < c.batch; ++b) {
+    rows.push_back(static_cast<int32_t>(c.cache.rows - 1 - b));
+    for (int64_t t = 0; t < c.tokens; ++t) positions.push_back(static_cast<int32_t>(first + t));
+  }
+  const auto angle = random.floats(c.batch * c.tokens * c.rotary_half);
+  std::vector<float> cos(angle.size()), sin(angle.size());
+  for (size_t i = 0; i < angle.size(); ++i) cos[i] = std::cos(angle[i]), sin[i] = std::sin(angle[i]);
+  const Bytes xs = exact(x), scales = exact(scale), qns = exact(qn), kns = exact(kn), ps = exact(positions), rs = exact(rows), cs = exact(cos), ss = exact(sin);
+  const int32_t window_value = static_cast<int32_t>(random.between(1, 60));
+  const Bytes window = exact(std::vector<int32_t>{window_value});
+  c.window = random.coin() ? reinterpret_cast<const int32_t*>(window.data.get()) : nullptr;
+  c.norm = Norm{NormKind::rms, floats_of(scales), nullptr, 1e-5f};
+  const bool normed = random.coin();
+  c.q_norm = normed ? floats_of(qns) : nullptr, c.k_norm = normed ? floats_of(kns) : nullptr;
+  c.x = floats_of(xs), c.cos = floats_of(cs), c.sin = floats_of(ss);
+  c.positions = reinterpret_cast<const int32_t*>(ps.data.get()), c.rows = reinterpret_cast<const int32_t*>(rs.data.get());
+  // what is cached before this call; what lies past it is poison
+  const int64_t cell = c.cache.cell == Cell::f32 ? 4 : c.cache.cell == Cell::bf16 ? 2 : 1;
+  std::vector<double> keys(static_cast<size_t>(count), NAN), values(keys);
+  Bytes k(count * cell), v(count * cell), k_scale(count / c.head_dim * 4), v_scale(count / c.head_dim * 4);
+  for (int64_t i = 0; i < count; ++i) {
+    const bool old = i / c.head_dim % c.cache.tokens < first;
+    const size_t at = static_cast<size_t>(i), token = static_cast<size_t>(i / c.head_dim);
+    for (auto* side : {&k, &v}) {
+      float stored = old ? random.normal() : std::numeric_limits<float>::quiet_NaN();
+      if (c.cache.cell == Cell::f32) {
+        reinterpret_cast<float*>(side->data.get())[at] = stored;
+      } else if (c.cache.cell == Cell::bf16) {
+        const uint16_t h = old ? to_bf16(stored) : 0x7fc0;
+        reinterpret_cast<uint16_t*>(side->data.get())[at] = h;
+        stored = from_bf16(h);
+      } else {
+        const int8_t level = static_cast<int8_t>(random.between(-127, 127));
+        reinterpret_cast<int8_t*>(side->data.get())[at] = level;
+        const float s = old ? 0.01f : std::numeric_limits<float>::quiet_NaN();
+        reinterpret_cast<float*>((side == &k ? k_scale : v_scale).data.get())[token] = s;
+        stored = static_cast<float>(level) * s;
+      }
+      (side == &k ? keys : values)[at] = stored;
+    }
+  }
+  c.cache.k = k.data.get(), c.cache.v = v.data.get();
+  if (c.cache.cell == Cell::i8) c.cache.k_scale = reinterpret_cast<float*>(k_scale.data.get()), c.cache.v_scale = reinterpret_cast<float*>(v_scale.data.get());
+  Bytes y(c.batch * c.tokens * c.out.outputs * 4);
+  c.y = reinterpret_cast<float*>(y.data.get());
+  kernels.attention_block(c);
+
+  std::vector<std::vector<double>> raw;
+  const auto turn = [&](double* head, const float* weight, size_t token) {
+    if (weight) {
+      std::vector<float> copy(head, head + c.head_dim);
+      const auto n = norm(Norm{NormKind::rms, weight, nullptr, 1e-5f}, copy.data(), c.head_dim);
+      std::copy(n.begin(), n.end(), head);
+    }
+    for (int64_t i = 0; i < c.rotary_half; ++i) {
+      const size_t at = token * static_cast<size_t>(c.rotary_half) + static_cast<size_t>(i);
+      const double a = head[i], b = head[i + c.rotary_half];
+      head[i] = a * cos[at] - b * sin[at];
+      head[i + c.rotary_half] = b * cos[at] + a * sin[at];
+    }
+  };
+  const auto at_cache = [&](size_t token, int64_t kv, int64_t position) {
+    return static_cast<size_t>(((rows[token / static_cast<size_t>(c.tokens)] * c.kv_heads + kv) * c.cache.tokens + position) * c.head_dim);
+  };
+  for (size_t token = 0; token < positions.size(); ++token) {
+    const auto n = norm(c.norm, x.data() + static_cast<int64_t>(token) * c.embed, c.embed);
+    raw.push_back(multiply(qkv, n.data()));
+    for (int64_t h = 0; h < c.heads + c.kv_heads; ++h) turn(raw.back().data() + h * c.head_dim, h < c.heads ? c.q_norm : c.k_norm, token);
+    for (int64_t kv = 0; kv < c.kv_heads; ++kv)
+      for (int64_t i = 0; i < c.head_dim; ++i) {
+        keys[at_cache(token, kv, positions[token]) + static_cast<size_t>(i)] = raw.back()[static_cast<size_t>((c.heads + kv) * c.head_dim + i)];
+        values[at_cache(token, kv, positions[token]) + static_cast<size_t>(i)] = raw.back()[static_cast<size_t>((c.heads + c.kv_heads + kv) * c.head_dim + i)];
+      }
+  }
+  std::vector<double> want;
+  for (size_t token = 0; token < positions.size(); ++token) {
+    std::vector<double> attended(static_cast<size_t>(c.heads * c.head_dim));
+    const int64_t position = positions[token], begin = c.window ? std::max<int64_t>(0, position - window_value + 1) : 0;
+    for (int64_t h = 0; h < c.heads; ++h) {
+      std::vector<double> scores;
+      double top = -INFINITY, total = 0;
+      for (int64_t j = begin; j <= position; ++j) {
+        double s = 0;
+        for (int64_t i = 0; i < c.head_dim; ++i) s += raw[token][static_cast<size_t>(h * c.head_dim + i)] * keys[at_cache(token, h / group, j) + static_cast<size_t>(i)];
+        s *= c.scale;
+        if (c.soft_cap > 0) s = c.soft_cap * std::tanh(s / c.soft_cap);
+        scores.push_back(s);
+        top = std::max(top, s);
+      }
+      for (double& s : scores) total += s = std::exp(s - top);
+      for (size_t j = 0; j < scores.size(); ++j)
+        for (int64_t i = 0; i < c.head_dim; ++i)
+          attended[static_cast<size_t>(h * c.head_dim + i)] += scores[j] / total * values[at_cache(token, h / group, begin + static_cast<int64_t>(j)) + static_cast<size_t>(i)];
+    }
+    const auto made = multiply(out, attended.data());
+    want.insert(want.end(), made.begin(), made.end());
+  }
+  // the newest keys are rounded to the cache's cells; with few keys they weigh much
+  const bool halves = qkv.view.format == Format::bf16 || out.view.format == Format::bf16;
+  compare(name + " attention_block cell " + std::to_string(static_cast<int>(c.cache.cell)) + " tokens " + std::to_string(c.tokens), c.y, want,
+          c.cache.cell != Cell::f32 ? 0.1 : halves ? 2e-2 : 1e-4);
+}
+
+void test_argmax(const Kernels& kernels, Random& random, const std::string& name) {
+  const int64_t rows = random.between(1, 4), columns = random.between(1, 700);
+  auto x = random.floats(rows * columns);
+  for (float& v : x) v = std::round(v * 4);
+  const Bytes held = exact(x);
+  std::vector<int32_t> ids(static_cast<size_t>(rows));
+  std::vector<float> largest(ids.size());
+  kernels.argmax(ArgmaxCall{rows, columns, floats_of(held), ids.data(), largest.data(), 2});
+  for (int64_t r = 0; r < rows; ++r) {
+    const float* const row = x.data() + r * columns;
+    if (ids[static_cast<size_t>(r)] != std::max_element(row, row + columns) - row) {
+      std::fprintf(stderr, "FAILED %s argmax of %ld\n", name.c_str(), static_cast<long>(columns));
+      ++failures;
+    }
+  }
+}
+
+void run(uint64_t seed, int cases, const char* caller) {
+  for (int i = 0; i < cases; ++i) {
+    const Kernels* const* usable = usable_kernels();
+    for (int level = 0; usable[level]; ++level) {
+      Random random(seed + static_cast<uint64_t>(i));
+      const std::string name = std::string(caller) + usable[level]->name + " seed " + std::to_string(seed + static_cast<uint64_t>(i));
+      test_matmul(*usable[level], random, name);
+      test_mlp(*usable[level], random, name);
+      test_attention(*usable[level], random, name);
+      test_argmax(*usable[level], random, name);
+    }
+  }
+}
+
+}  // namespace
+
+int main(int count, char** arguments) {
+  const int cases = count > 1 ? std::atoi(arguments[1]) : 50;
+  const uint64_t seed = count > 2 ? std::strtoull(arguments[2], nullptr, 10) : std::random_device()();
+  std::printf("%d cases from seed %llu:", cases, static_cast<unsigned long long>(seed));
+  for (int i = 0; usable_kernels()[i]; ++i) std::printf(" %s", usable_kernels()[i]->name);
+  std::printf("\n");
+  run(seed, cases, "");
+  std::vector<std::thread> callers;  // as many devices call at once
+  for (uint64_t t = 0; t < 3; ++t) callers.emplace_back([=] { run(seed + 1000 * (t + 1), cases / 5 + 1, "one of three callers, "); });
+  for (std::thread& caller : callers) caller.join();
+  std::printf(failures ? "%d failed\n" : "passed\n", failures.load());
+  return failures ? 1 : 0;
+}

@@ -1,0 +1,557 @@
+"""The native CPU kernels against the references: every format, cache, instruction set and number of threads."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import copies
+from jax.sharding import Mesh, PartitionSpec
+
+from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
+from pallas_kernels.cpu import build, library, operands
+from pallas_kernels.errors import BackendError
+from pallas_kernels.layer_cache import LayerCache, cache_dtype
+from pallas_kernels.mlp_block import ACTIVATIONS, MLPSpec, MLPWeights, mlp_block
+from pallas_kernels.norm import KINDS
+from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize, repack, round_to_nearest
+from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.registry import choose
+from pallas_kernels.sampling import VocabShards, argmax
+from pallas_kernels.target import Target
+
+
+@pytest.fixture(scope="module")
+def native() -> library.Library:
+    found = library.load()  # raises where JAXINFER_REQUIRE_NATIVE asks for it
+    if isinstance(found, str):
+        try:
+            build.compiler()
+        except build.BuildError as error:
+            pytest.skip(str(error))
+        pytest.fail(found)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def needs_native(native):
+    """Every test of this file runs the library."""
+
+
+def jittable(function, **options):
+    """A function compiled with these options."""
+    jitted = jax.jit(function)
+
+    def run(*args):
+        with library.options(**options):
+            return jitted(*args)
+
+    return run
+
+
+def in_each_way(native, function, *args, sets=None):
+    """Results by instruction set, of two threads; with the first one those of one thread are the same bits."""
+    sets = sets or native.instruction_sets
+    out = {name: jittable(function, threads=2, instruction_set=name)(*args) for name in sets}
+    one = jittable(function, threads=1, instruction_set=sets[0])(*args)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(out[sets[0]]), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=f"{sets[0]}: threads change the result")
+    return out
+
+
+def close(got, want, tolerance):
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    error = np.abs(got - want).max() / max(np.abs(want).max(), 1e-30)
+    assert error < tolerance, error  # also for NaN
+
+
+# --- quant_matmul
+
+FORMS = {
+    "float32": None,
+    "bfloat16": None,
+    "int8": {"format": "int8", "activation": ActivationQuant(group=64)},
+    "int8-32": {"format": "int8", "group": 32, "activation": ActivationQuant(group=32)},
+    "int8-64-token": {"format": "int8", "group": 64, "activation": ActivationQuant(group=None)},
+    "int8-float": {"format": "int8"},
+    "int4-32": {"format": "int4", "group": 32, "activation": ActivationQuant(group=64)},
+    "int4-32-zeros": {"format": "int4", "group": 32, "symmetric": False, "activation": ActivationQuant(group=32)},
+    "int4-64-zeros-token": {"format": "int4", "group": 64, "symmetric": False, "activation": ActivationQuant(group=None)},
+    "int4-128": {"format": "int4", "group": 128, "activation": ActivationQuant(group=32)},
+    "int4-64-float": {"format": "int4", "group": 64},
+    "int4-32-zeros-float": {"format": "int4", "group": 32, "symmetric": False},
+}
+SIZES = {"odd": (37, 384), "long": (70, 2176), "one": (1, 128)}
+ROWS = (1, 2, 7, 64, 100)
+
+
+def make_weight(rng, form, outputs, inputs):
+    w = rng.standard_normal((outputs, inputs)).astype(np.float32)
+    if FORMS[form] is None:
+        return jnp.asarray(w, form)
+    return jax.tree.map(jnp.asarray, round_to_nearest(w, **FORMS[form]))
+
+
+def make_inputs(rng, w, rows):
+    """Inputs whose rounding is not in doubt: whole levels where they become int8, with the largest level in every group."""
+    if not isinstance(w, QTensor) or w.activation is None:
+        return rng.standard_normal((rows, w.shape[1])).astype(np.float32)
+    levels = rng.integers(-126, 127, (rows, w.shape[1]))
+    levels[:, ::32] = 127
+    return (levels * np.float32(0.01)).astype(np.float32)
+
+
+def reference_matmul(x, w, bias):
+    if isinstance(w, QTensor):
+        w = dequantize(w)
+    elif w.dtype == jnp.bfloat16:
+        x = np.asarray(jnp.asarray(x).astype(jnp.bfloat16), np.float64)
+    return np.asarray(x, np.float64) @ np.asarray(w, np.float64).T + np.asarray(bias, np.float64)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_quant_matmul(rng, native, form):
+    for size, (outputs, inputs) in SIZES.items():
+        w = make_weight(rng, form, outputs, inputs)
+        bias = jnp.asarray(rng.standard_normal(outputs), jnp.float32)
+        rows = ROWS if size == "odd" else (1, 64)
+        for m in rows:
+            x = make_inputs(rng, w, m)
+            want = reference_matmul(x, w, bias)
+            weights = np.asarray(dequantize(w) if isinstance(w, QTensor) else w, np.float64)
+            scale = np.linalg.norm(x, axis=-1, keepdims=True) * np.linalg.norm(weights, axis=-1)
+            sets = native.instruction_sets if (size, m) in {("odd", 7), ("odd", 100)} else native.instruction_sets[:1]
+            run = lambda x, w, b: quant_matmul(x, w, bias=b, implementation="native")
+            for name, got in in_each_way(native, run, x, w, bias, sets=sets).items():
+                error = (np.abs(np.asarray(got, np.float64) - want) / scale).max()
+                assert error < 4e-7, (name, size, m, error)
+
+
+def test_odd_outputs_and_inputs(rng, native):
+    """Sizes that fill no vector, of floats: quantised inputs come in groups."""
+    for outputs, inputs, dtype in ((1, 1, "float32"), (42, 257, "float32"), (33, 31, "bfloat16")):
+        w = jnp.asarray(rng.standard_normal((outputs, inputs)), dtype)
+        for m in (1, 33):
+            x = rng.standard_normal((m, inputs)).astype(np.float32)
+            want = reference_matmul(x, w, 0.0)
+            for got in in_each_way(native, lambda x, w: quant_matmul(x, w, implementation="native"), x, w).values():
+                close(got, want, 2e-6)
+
+
+def test_zeros_and_extremes(native):
+    """A group of zeros has scale 0; levels of -128 and inputs of -127 do not overflow 16 bits."""
+    w = QTensor(
+        values=jnp.full((5, 128), -128, jnp.int8),
+        scales=jnp.ones((5, 1), jnp.float32),
+        format="int8",
+        activation=ActivationQuant(group=64),
+    )
+    x = np.full((2, 128), -1.27, np.float32)
+    x[1, :64] = 0
+    for got in in_each_way(native, lambda x, w: quant_matmul(x, w, implementation="native"), x, w).values():
+        close(got, x.astype(np.float64) @ np.full((128, 5), -128.0), 1e-6)
+
+
+def test_integer_zeros(rng, native):
+    """AWQ and GPTQ keep a zero point per group."""
+    q = round_to_nearest(
+        rng.standard_normal((9, 256)).astype(np.float32), format="int4", group=64, activation=ActivationQuant(group=64)
+    )
+    q = jax.tree.map(jnp.asarray, q.replace(zeros=rng.integers(0, 16, q.scales.shape).astype(np.uint8)))
+    for m in (1, 40):
+        x = make_inputs(rng, q, m)
+        for got in in_each_way(native, lambda x, w: quant_matmul(x, w, implementation="native"), x, q).values():
+            close(got, reference_matmul(x, q, 0.0), 2e-6)
+
+
+# --- attention_block
+
+# embed, kv heads, queries per kv head, head_dim, half of the rotated part, norm, q/k norm, soft cap, window
+SHAPES = {
+    "llama": (64, 2, 3, 16, 8, "rms", False, None, None),
+    "odd-partial": (42, 1, 1, 10, 3, "layer", False, None, None),
+    "gemma": (96, 2, 2, 80, 40, "rms_offset", True, 30.0, 7),
+    "many-queries": (64, 1, 9, 64, 32, "rms", True, None, 150),
+    "no-rotation": (64, 3, 2, 64, 0, "layer", False, None, None),
+}
+# batch, tokens, first position
+CALLS = {
+    "first": (1, 1, 0),
+    "deep": (1, 1, 200),
+    "batch": (2, 1, 37),
+    "few": (3, 2, 5),
+    "chunk": (1, 40, 3),
+    "rows": (2, 33, 0),
+}
+TOLERANCES = {
+    None: (2e-6, 1e-5),
+    "float32": (2e-6, 1e-5),
+    "float16": (3e-3, 0.01),
+    "bfloat16": (0.02, 0.05),
+    "int8": (0.02, 1.01),
+}
+CACHED_TOKENS = 260
+
+
+def attention_case(rng, shape, call, cached):
+    embed, kv_heads, group, head_dim, half, norm, qk_norm, soft_cap, window = SHAPES[shape]
+    batch, tokens, first = CALLS[call]
+    f = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
+    heads = kv_heads * group
+    columns = (heads + 2 * kv_heads) * head_dim
+    weights = AttentionWeights(
+        norm=1 + f(embed) / 10,
+        norm_bias=f(embed) if norm == "layer" else None,
+        qkv=(f(columns, embed) / 8,)
+        if head_dim == 16
+        else tuple(f(n * head_dim, embed) / 8 for n in (heads, kv_heads, kv_heads)),
+        qkv_bias=() if shape == "llama" else tuple(f(n * head_dim) for n in (heads, kv_heads, kv_heads)),
+        q_norm=f(head_dim) if qk_norm else None,
+        k_norm=f(head_dim) if qk_norm else None,
+        out=f(embed, heads * head_dim) / 8,
+        out_bias=f(embed) if norm == "layer" else None,
+    )
+    spec = AttentionSpec(head_dim=head_dim, group=group, scale=head_dim**-0.5, eps=1e-5, norm=norm, soft_cap=soft_cap)
+    positions = first + np.arange(tokens)[None] + 3 * np.arange(batch)[:, None]
+    cache = rows = None
+    if cached is None:
+        positions = np.broadcast_to(np.arange(tokens), (batch, tokens))
+    else:
+        held = batch + 1
+        empty = LayerCache.zeros(
+            rows=held, kv_heads=kv_heads, tokens=CACHED_TOKENS, head_dim=head_dim, dtype=cache_dtype(cached)
+        )
+        cache = empty.encode(f(*empty.k.shape), f(*empty.k.shape))
+        rows = jnp.asarray(rng.permutation(held)[:batch], jnp.int32)
+    angles = positions[..., None] / 100.0 ** (np.arange(half) / max(half, 1))
+    operands = {
+        "angles": (jnp.asarray(np.cos(angles), jnp.float32), jnp.asarray(np.sin(angles), jnp.float32)) if half else None,
+        "positions": jnp.asarray(positions, jnp.int32),
+        "rows": rows,
+        "residual": f(batch, tokens, embed) if shape != "odd-partial" else None,
+        "window": None if window is None else jnp.int32(window),
+        "write": jnp.asarray(rng.random((batch, tokens)) < 0.8) if cached == "int8" and tokens > 1 else None,
+    }
+    return spec, f(batch, tokens, embed), weights, cache, operands
+
+
+def run_attention(spec, implementation):
+    return lambda x, weights, cache, operands: attention_block(
+        x, weights, cache, spec=spec, implementation=implementation, **operands
+    )
+
+
+@pytest.mark.parametrize("cached", TOLERANCES)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_block(rng, native, shape, cached):
+    # two kinds of calls each, so that every kind meets every shape and every cache
+    turn = list(SHAPES).index(shape) + 2 * list(TOLERANCES).index(cached)
+    calls = [call for call, (_, _, first) in CALLS.items() if cached is not None or first == 0]
+    for number, call in enumerate((calls[turn % len(calls)], calls[(turn + 1) % len(calls)])):
+        spec, *args = attention_case(rng, shape, call, cached)
+        want, want_cache = jax.jit(run_attention(spec, "reference"))(*args)
+        sets = native.instruction_sets if number else native.instruction_sets[:1]
+        output, held = TOLERANCES[cached]
+        for got, cache in in_each_way(native, run_attention(spec, "native"), *args, sets=sets).values():
+            close(got, want, output)
+            for a, b in zip(jax.tree.leaves(cache), jax.tree.leaves(want_cache), strict=True):
+                assert np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max() < held
+
+
+def test_unused_cache_is_not_read(rng, native):
+    """Keys past the newest one, and rows that are not asked for, may hold anything."""
+    for call in ("deep", "few", "chunk"):
+        spec, x, weights, cache, operands = attention_case(rng, "llama", call, "float32")
+        end = int(operands["positions"].max()) + 1
+        used = np.zeros((cache.rows, 1, cache.tokens, 1), bool)
+        used[np.asarray(operands["rows"]), :, :end] = True
+        clean, poisoned = (
+            LayerCache(k=jnp.where(used, cache.k, filling), v=jnp.where(used, cache.v, filling)) for filling in (0, jnp.nan)
+        )
+        run = run_attention(spec, "native")
+        for name, (got, _) in in_each_way(native, run, x, weights, poisoned, operands).items():
+            want, _ = jittable(run, threads=1, instruction_set=name)(x, weights, clean, operands)
+            np.testing.assert_array_equal(np.asarray(got), np.asarray(want))
+
+
+def test_decode_continues_prefill(rng, native):
+    """Tokens one by one, in chunks and all at once give the same."""
+    spec, x, weights, _, operands = attention_case(rng, "llama", "chunk", None)
+    cos, sin = operands["angles"]
+    T = x.shape[1]
+    whole, fresh = jittable(run_attention(spec, "native"))(x, weights, None, operands)
+    cache = LayerCache.zeros(rows=1, kv_heads=2, tokens=64, head_dim=16, dtype=jnp.float32)
+    steps = []
+    for begin, end in [(0, 1), (1, 18), (18, 33), *((t, t + 1) for t in range(33, T))]:
+        part = operands | {name: operands[name][:, begin:end] for name in ("positions", "residual")}
+        part["angles"] = (cos[:, begin:end], sin[:, begin:end])
+        y, cache = jittable(run_attention(spec, "native"))(x[:, begin:end], weights, cache, part)
+        steps.append(y)
+    close(jnp.concatenate(steps, 1), whole, 2e-6)
+    close(cache.k[:, :, :T], fresh.k, 2e-6)
+
+
+@pytest.mark.parametrize("form", [name for name in FORMS if not name.startswith("float")])
+def test_blocks_with_stored_weights(rng, native, form):
+    """Half layers in each weight format equal the reference on the same stored weights, within the rounding of the inputs."""
+    spec, x, _, _, operands = attention_case(rng, "no-rotation", "few", None)
+    stored = make_weight(rng, form, 8 * 64, 128), make_weight(rng, form, 128, 4 * 64)
+    weights = AttentionWeights(
+        norm=jnp.ones(128), norm_bias=jnp.zeros(128), qkv=stored[:1], qkv_bias=(), out=stored[1], out_bias=None
+    )
+    x, operands = jnp.asarray(rng.standard_normal((*x.shape[:2], 128)), jnp.float32), operands | {"residual": None}
+    mlp = MLPWeights(
+        norm=jnp.ones(128),
+        up=(make_weight(rng, form, 512, 128),),
+        up_bias=(),
+        down=make_weight(rng, form, 128, 256),
+        down_bias=None,
+    )
+    shape = MLPSpec(activation="silu", gated=True, eps=1e-5)
+
+    def both(implementation):
+        def run(x, weights, mlp, operands):
+            y, _ = attention_block(x, weights, None, spec=spec, implementation=implementation, **operands)
+            return y, mlp_block(x, mlp, spec=shape, implementation=implementation)
+
+        return run
+
+    wants = jax.jit(both("reference"))(x, weights, mlp, operands)
+    # an input that rounds to the next level, or to bfloat16, moves an output by about one step of one input
+    tolerance = 3e-2 if form == "bfloat16" or FORMS[form].get("activation") else 5e-6
+    for gots in in_each_way(native, both("native"), x, weights, mlp, operands, sets=native.instruction_sets[:1]).values():
+        for got, want in zip(gots, wants, strict=True):
+            close(got, want, tolerance)
+
+
+# --- mlp_block
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_mlp_block(rng, native, activation):
+    f = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
+    turn = list(ACTIVATIONS).index(activation)
+    for number, (kind, parts, gated) in enumerate(zip(KINDS, (2, 1, 1), (True, True, False), strict=True)):
+        for (embed, width), rows in (((42, 37), (1, 1)), ((48, 80), (3, 30)))[(number + turn) % 2 :][:1]:
+            ups = [2 * width] if gated and parts == 1 else [width] * parts
+            weights = MLPWeights(
+                norm=f(embed),
+                norm_bias=f(embed) if kind == "layer" else None,
+                up=tuple(f(n, embed) / 8 for n in ups),
+                up_bias=tuple(f(n) for n in ups),
+                down=f(embed, width) / 8,
+                down_bias=f(embed),
+            )
+            spec = MLPSpec(activation=activation, gated=gated, eps=1e-5, norm=kind)
+            run = lambda implementation, spec=spec: (
+                lambda x, w, r: mlp_block(x, w, spec=spec, residual=r, implementation=implementation)
+            )
+            args = f(*rows, embed), weights, f(*rows, embed)
+            want = jax.jit(run("reference"))(*args)
+            for got in in_each_way(native, run("native"), *args).values():
+                close(got, want, 4e-6)
+
+
+def test_many_rows(rng, native):
+    """More rows than go through a matmul together."""
+    f = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
+    weights = MLPWeights(norm=f(32), up=(f(48, 32), f(48, 32)), up_bias=(), down=f(32, 48), down_bias=None)
+    spec = MLPSpec(activation="silu", gated=True, eps=1e-5)
+    x = f(2, 300, 32)
+    for y in in_each_way(
+        native, lambda x: mlp_block(x, weights, spec=spec, implementation="native"), x, sets=native.instruction_sets[:1]
+    ).values():
+        close(y, mlp_block(x, weights, spec=spec, implementation="reference"), 4e-6)
+
+
+# --- argmax
+
+
+def test_argmax(rng, native):
+    logits = rng.standard_normal((5, 1003)).astype(np.float32)
+    logits[1, [17, 900]] = 9
+    logits[2, 1002] = 9
+    logits[3] = -np.inf
+    for got in in_each_way(native, lambda x: argmax(x, implementation="native"), logits).values():
+        np.testing.assert_array_equal(got, logits.argmax(-1))
+
+
+def test_argmax_over_shards(rng):
+    logits = np.round(rng.standard_normal((4, 64)), 1).astype(np.float32)  # with ties
+    mesh = Mesh(np.asarray(jax.devices()[:2]), ("v",))
+    over = lambda f: lambda x: f(x, "v")
+
+    def local(x):
+        shards = VocabShards(
+            offset=jax.lax.axis_index("v") * 32,
+            max=over(jax.lax.pmax),
+            sum=over(jax.lax.psum),
+            min=over(jax.lax.pmin),
+            gather=lambda x: x,
+        )
+        return argmax(x, shards, implementation="native")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(None, "v"), out_specs=PartitionSpec(), check_vma=False)
+    np.testing.assert_array_equal(jax.jit(run)(logits), logits.argmax(-1))
+
+
+# --- as part of JAX programs
+
+
+def test_a_donated_cache_is_updated_in_place(rng):
+    spec, x, weights, cache, operands = attention_case(rng, "llama", "batch", "int8")
+    run = jax.jit(run_attention(spec, "native"), donate_argnums=2)
+    text = run.lower(x, weights, cache, operands).compile().as_text()
+    assert not copies(text, {cache.k.shape, cache.k_scale.shape}), "the program copies the cache"
+    kept = jax.tree.map(jnp.copy, cache)
+    pointer = cache.k.unsafe_buffer_pointer()
+    y, new = run(x, weights, cache, operands)
+    assert new.k.unsafe_buffer_pointer() == pointer
+    # without donation XLA copies first, and the caller's cache stays as it was
+    again, _ = jax.jit(run_attention(spec, "native"))(x, weights, kept, operands)
+    np.testing.assert_array_equal(y, again)
+
+
+def test_gradients(rng):
+    spec, x, weights, cache, operands = attention_case(rng, "gemma", "few", "float32")
+    w = make_weight(rng, "int8", 24, 64)
+
+    def loss(implementation):
+        def run(x, weights, residual, table):
+            y, new = attention_block(
+                x, weights, cache, spec=spec, implementation=implementation, **(operands | {"residual": residual})
+            )
+            mlp = MLPWeights(norm=weights.norm, up=(weights.qkv[0],), up_bias=(), down=table, down_bias=None)
+            z = mlp_block(y, mlp, spec=MLPSpec(activation="gelu", gated=False, eps=1e-5), implementation=implementation)
+            head = quant_matmul(z[..., :64], w, implementation=implementation)
+            return jnp.sum(jnp.sin(y)) + jnp.sum(jnp.cos(z)) + jnp.sum(head**2) + jnp.sum(new.k**2)
+
+        return jax.jit(jax.grad(run, argnums=(0, 1, 2, 3)))
+
+    table = jnp.asarray(rng.standard_normal((64, weights.qkv[0].shape[0])), jnp.float32) / 8
+    args = x, weights, operands["residual"], table
+    for got, want in zip(jax.tree.leaves(loss("native")(*args)), jax.tree.leaves(loss("reference")(*args)), strict=True):
+        # through the rounded inputs of the INT8 head, whose levels may differ by one
+        close(got, want, 1e-2)
+
+
+def test_vmap(rng):
+    spec, x, weights, cache, operands = attention_case(rng, "llama", "batch", "float32")
+    some = jnp.stack([x, -x, 2 * x])
+    run = run_attention(spec, "native")
+    both = jax.jit(jax.vmap(lambda x: run(x, weights, cache, operands)))(some)
+    for i in range(3):
+        y, new = run(some[i], weights, cache, operands)
+        np.testing.assert_array_equal(both[0][i], y)
+        np.testing.assert_array_equal(both[1].k[i], new.k)
+
+
+def test_on_several_devices_at_once(rng):
+    """Each device calls from a thread of its own; nobody waits for another one's workers."""
+    w = make_weight(rng, "int8", 160, 128)
+    x = jnp.asarray(make_inputs(rng, w, 8))
+    mesh = Mesh(np.asarray(jax.devices()[:4]), ("d",))
+    with library.options(threads=2):
+        run = jax.jit(
+            jax.shard_map(
+                lambda x: quant_matmul(x, w, implementation="native"),
+                mesh=mesh,
+                in_specs=PartitionSpec("d"),
+                out_specs=PartitionSpec("d"),
+                check_vma=False,
+            )
+        )
+        got = [np.asarray(run(x)) for _ in range(20)]
+        want = np.asarray(quant_matmul(x[:2], w, implementation="native"))
+    for y in got:
+        np.testing.assert_array_equal(y[:2], want)
+        np.testing.assert_array_equal(y, got[0])
+
+
+# --- what is refused
+
+
+def test_refusals(rng):
+    x = jnp.zeros((1, 80))
+    for w, words in (
+        (jnp.zeros((3, 80), jnp.float16), "float16"),
+        (make_weight(rng, "int4-32", 32, 96).replace(layout="cpu32"), "canonical layout"),
+        (round_to_nearest(np.ones((3, 80), np.float32), format="int4", group=16), "groups of 32"),
+        (
+            round_to_nearest(np.ones((3, 80), np.float32), format="int8", activation=ActivationQuant(group=40)),
+            "multiple of 32 inputs",
+        ),
+    ):
+        if isinstance(w, QTensor) and w.layout == "cpu32":
+            w = repack(w.replace(layout="canonical"), "cpu32")
+            x = jnp.zeros((1, 96))
+        with pytest.raises(BackendError, match=words):
+            quant_matmul(x[:, : w.shape[1]], w, implementation="native")
+        x = jnp.zeros((1, 80))
+    token = round_to_nearest(np.ones((3, 80), np.float32), format="int8", activation=ActivationQuant(group=None))
+    with pytest.raises(BackendError, match="collective"):
+        quant_matmul(x, token, max_over_shards=lambda a: a, implementation="native")
+    with pytest.raises(BackendError, match="for CPUs"):
+        choose("argmax", "native", Target(platform="gpu", device_kind="NVIDIA H100"), shape=(1, 2), dtype=jnp.dtype("float32"))
+
+
+def test_what_native_refuses_takes_another_path(rng):
+    w = round_to_nearest(rng.standard_normal((3, 80)).astype(np.float32), format="int4", group=16)
+    x = rng.standard_normal((2, 80)).astype(np.float32)
+    close(quant_matmul(x, jax.tree.map(jnp.asarray, w)), reference_matmul(x, w, 0.0), 1e-5)
+
+
+def test_the_handler_checks_its_arguments():
+    empty = operands.given(None)
+    call = jax.ffi.ffi_call("jaxinfer_quant_matmul", jax.ShapeDtypeStruct((1, 3), jnp.float32))
+    integers = operands.integers(0, 1, 0, -1)
+    with pytest.raises(jax.errors.JaxRuntimeError, match=r"x must be float32 \[rows, inputs\]"):
+        call(jnp.zeros((1, 5)), jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="bias has the wrong dtype or shape"):
+        call(jnp.zeros((1, 4)), jnp.zeros((3, 4)), empty, empty, jnp.zeros(4), integers=integers)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="weight groups"):
+        call(
+            jnp.zeros((1, 64)),
+            jnp.zeros((3, 64), jnp.int8),
+            jnp.ones((3, 4)),
+            empty,
+            empty,
+            integers=operands.integers(0, 1, 16, -1),
+        )
+
+
+def test_options(native):
+    with pytest.raises(BackendError, match="not one of this CPU's"), library.options(instruction_set="mmx"):
+        pass
+    with pytest.raises(BackendError, match="at least 1"), library.options(threads=0):
+        pass
+    with library.options(threads=3, instruction_set=native.instruction_sets[-1]):
+        assert library.call_integers() == (len(native.instruction_sets) - 1, 3)
+    assert library.call_integers() == (0, max(1, library.cores() // len(jax.devices())))
+    assert library.read_bandwidth(size=1 << 22, rounds=1) > 1e8
+
+
+def test_without_a_library(monkeypatch, caplog, tmp_path):
+    monkeypatch.setattr(library, "PATH", tmp_path / "none.so")
+    library._load.cache_clear()
+    library._say_once.cache_clear()
+    try:
+        monkeypatch.setenv("JAXINFER_REQUIRE_NATIVE", "1")
+        with pytest.raises(BackendError, match=r"JAXINFER_REQUIRE_NATIVE is set.*pallas_kernels\.cpu\.build"):
+            library.load()
+        monkeypatch.delenv("JAXINFER_REQUIRE_NATIVE")
+        for _ in range(2):
+            assert choose("argmax", shape=(1, 2), dtype=jnp.dtype("float32")).name == "reference"
+        assert [r.message for r in caplog.records] == [f"running on XLA: {library.load()}"]
+    finally:
+        library._load.cache_clear()
+
+
+def test_without_a_compiler(monkeypatch, capsys, tmp_path):
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert build.main(["--output", str(tmp_path / "library.so")]) == 1
+    assert "no C++ compiler" in capsys.readouterr().err
+    monkeypatch.setenv("CXX", str(tmp_path / "none"))
+    with pytest.raises(build.BuildError, match="cannot be run"):
+        build.build(tmp_path / "library.so")
+    assert not list(tmp_path.iterdir())
