@@ -4,13 +4,14 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-Usage: scripts/test.sh [--slow | --oracle | --all] [PYTEST ARGUMENT ...]
+Usage: scripts/test.sh [--slow | --full | --oracle | --all] [PYTEST ARGUMENT ...]
 
 Makes the environment (.venv, or the folder named by JAXINFER_VENV) with what tests need, fetches the small model that some of
 them read (93 MB, once), checks format, lint and types, and runs the tests on the CPU.
 
-  (no option)   everything that takes seconds: no slow, gpu, root or oracle tests
+  (no option)   everything that takes seconds: no slow, full, gpu, root or oracle tests
   --slow        the slow tests instead, without format, lint and types
+  --full        full products instead, of what the others take one of each of
   --oracle      the comparison with transformers on torch instead, in an environment made by scripts/oracle_env.sh
   --all         all of these, and the root tests when run as root
 
@@ -25,7 +26,7 @@ case ${1:-} in
     usage
     exit 0
     ;;
-  --slow | --oracle | --all)
+  --slow | --full | --oracle | --all)
     mode=${1#--}
     shift
     ;;
@@ -56,8 +57,8 @@ if [ "$mode" = oracle ] || [ "$mode" = all ]; then
 fi
 
 case $mode in
-  quick) marks="not slow and not gpu and not root and not oracle" ;;
-  slow) marks="slow and not gpu and not root and not oracle" ;;
+  quick) marks="not slow and not full and not gpu and not root and not oracle" ;;
+  slow | full) marks="$mode and not gpu and not root and not oracle" ;;
   oracle) marks="oracle" ;;
   all) if [ "$(id -u)" = 0 ]; then marks="not gpu"; else marks="not gpu and not root"; fi ;;
 esac

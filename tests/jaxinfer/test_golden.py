@@ -47,7 +47,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         for name in golden_weights.case_names(folder):
             if metafunc.function in (test_one_on_each_mesh, test_greedy_on_a_mesh) and name not in ONE_EACH:
                 continue
-            load, marks = functools.partial(_load_case, name, folder), [] if name in quick else [pytest.mark.slow]
+            # every case through a cache and on a mesh is more than a machine that waits for it should do
+            full = metafunc.function in (test_cached, test_on_a_mesh)
+            load = functools.partial(_load_case, name, folder)
+            marks = [] if name in quick else [pytest.mark.full if full else pytest.mark.slow]
             cases.append(pytest.param(load, id=name, marks=marks))
         metafunc.parametrize("case", cases, indirect=True)
 
