@@ -9,7 +9,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ import golden_weights
 import numpy as np
 import pytest
 from tiny_llama import TINY, check, tensor_shapes
+
+from pallas_kernels import registry
 
 ROOT = Path(__file__).parents[1]
 BENCH = ROOT / "scripts" / "bench"
@@ -110,6 +112,9 @@ def test_the_fastest_peer_has_the_best_median():
     fastest = report(THREE)["fastest"]
     assert [(f["group"], f["peer"]) for f in fastest] == [("float32", "transformers:float32"), ("int4", "llama.cpp:Q4_0")]
     assert fastest[1]["ratio"]["median"] == 2.0
+    slower = report(THREE | {"jaxinfer-xla:float32": [result(900.0)] * 3})
+    assert slower["fastest"] == fastest, "jaxinfer is no peer of itself"
+    assert row_of(slower, "jaxinfer-xla:float32")["workloads"]["decode"]["ratio"]["max"] == 30 / 900
 
 
 def test_bytes_bandwidth_and_starts():
@@ -131,7 +136,9 @@ def test_texts_are_compared_to_transformers_in_float32():
     assert row_of(whole, "transformers:float32")["same_tokens"] == 16
     assert row_of(whole, "jaxinfer:float32")["same_tokens"] == 7
     short = {"jaxinfer:float32": [result(1.0, ids=IDS[:4])]}  # a trial with fewer tokens
-    assert report(short)["rows"][0]["same_tokens"] == 4
+    row = report(short)["rows"][0]
+    assert (row["same_tokens"], row["compared_tokens"]) == (4, 4)
+    assert "the same" in peers_report.tables(report(short))
 
 
 def test_without_decode_there_is_no_text_and_no_rate_of_reading():
@@ -336,7 +343,18 @@ def test_unknown_systems_are_refused(name, words):
 def test_the_default_systems_are_known():
     groups = [system(name).group for name in cpu_peers.DEFAULT_SYSTEMS]
     assert groups == sorted(groups, key=peers_report.GROUPS.index)
-    assert {system(name).engine for name in cpu_peers.DEFAULT_SYSTEMS} == set(cpu_peers.ENGINES)
+    assert {system(name).engine for name in cpu_peers.DEFAULT_SYSTEMS} == set(cpu_peers.ENGINES) - {"jaxinfer-xla"}
+
+
+def test_how_much_is_measured():
+    asked = lambda *words: cpu_peers.arguments(["model.gguf", *words])
+    assert (asked().rounds, asked("--quick").rounds, asked("--quick", "--rounds", "2").rounds) == (3, 1, 2)
+    assert asked("--workloads", "all").workloads == tuple(worker.WORKLOADS)
+    assert set(asked("--quick").workloads) < set(asked().workloads) < set(worker.WORKLOADS)
+    assert asked("--workloads", "prefill_512", "decode").workloads == ("decode", "prefill_512")
+    for words in (["--rounds", "0"], ["--tokens", "1"], ["--threads", "0"], ["--workloads", "nothing"]):
+        with pytest.raises(SystemExit):
+            asked(*words)
 
 
 def test_too_many_threads_are_refused(quantised, capsys):
@@ -441,11 +459,31 @@ def test_only_what_compiles_warms_up_with_a_long_prompt():
     assert [new for _, new in eager.calls] == [33, 33, 33]
 
 
-def test_worker_runs_jaxinfer(quick_bandwidth, tmp_path, capsys):
+@pytest.fixture
+def unchanged_registry() -> Iterator[None]:
+    before = [one for op in registry.operations() for one in registry.implementations(op)]
+    yield
+    for one in before:
+        registry.register(one.op, one.name, one.function, supports=one.supports, priority=one.priority, replace=True)
+
+
+def test_worker_runs_jaxinfer(quick_bandwidth, unchanged_registry, tmp_path, capsys):
     config = TINY | {"vocab_size": 5000, "max_position_embeddings": 256, "num_hidden_layers": 1}
     folder = golden_weights.write_folder(tmp_path / "model", config, golden_weights.make_tensors(tensor_shapes(config), seed=4))
     module = importlib.import_module("worker_jaxinfer")
-    words = [str(folder), "--precision", "int8", "--cache", "int8", "--workloads", "decode", "--tokens", "3"]
+    words = [
+        str(folder),
+        "--precision",
+        "int8",
+        "--cache",
+        "int8",
+        "--workloads",
+        "decode",
+        "--tokens",
+        "3",
+        "--kernels",
+        "xla",
+    ]
     worker.main(module.Jaxinfer, module.command().parse_args(words))
     printed = json.loads(capsys.readouterr().out)
     assert printed["workloads"]["decode"]["tokens_per_second"] > 0
@@ -453,4 +491,4 @@ def test_worker_runs_jaxinfer(quick_bandwidth, tmp_path, capsys):
     assert (printed["precision"], printed["cache"]) == ("int8", "int8")
     weights = sum(int(np.prod(shape)) for name, shape in tensor_shapes(config).items() if "embed" not in name)
     assert weights < printed["bytes_per_token"] < 1.5 * weights, "a byte each and their scales, the table aside"
-    assert "attention_block: " in printed["kernels"]
+    assert "attention_block reference, mlp_block reference" in printed["kernels"], "what --kernels xla leaves"

@@ -9,8 +9,8 @@ not there are left out and named. What other formats a GGUF file has to be turne
     python scripts/bench/cpu_peers.py MODEL.gguf --systems jaxinfer:int8+bfloat16 llama.cpp:Q8_0+q8_0 --workloads decode_4k --rounds 5
     python scripts/bench/cpu_peers.py --from run.json --chart run.png --markdown
 
-A system is ENGINE:PRECISION, or ENGINE:PRECISION+CACHE to choose the format of keys and values; --list prints them. The layout of the JSON
-file is described in peers_report.py.
+A system is ENGINE:PRECISION, or ENGINE:PRECISION+CACHE to choose the format of keys and values; --list prints those that are run by
+default. jaxinfer-xla is jaxinfer without its native kernels. The layout of the JSON file is described in peers_report.py.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from peers_report import OURS, VERSION, System, chart, summarise, tables
+from peers_report import OURS, OURS_ON_XLA, VERSION, System, chart, summarise, tables
 from worker import WORKLOADS
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "jaxinfer"  # as scripts/env.sh has it
 
-DEFAULT_WORKLOADS = ("decode", "decode_4k", "batch_8", "prefill_512")
+DEFAULT_WORKLOADS = ("decode", "decode_1k", "batch_8", "prefill_512")
 QUICK_WORKLOADS = ("decode", "prefill_512")
 
 
@@ -50,19 +50,22 @@ class LeftOutError(RuntimeError):
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Engine:
     """script: its worker. python: of its environment in CACHE, None for the one that runs this. environment: its name for
-    peers_env.sh. precisions: {precision: group}; empty: any. caches: what may stand after a +."""
+    peers_env.sh. precisions: {precision: group}; empty: any. caches: what may stand after a +. options: more words for the worker."""
 
     script: str
     python: str | None
     environment: str | None
     precisions: Mapping[str, str]
     caches: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
 
+_JAXINFER = Engine(
+    script="worker_jaxinfer.py", python=None, environment=None, precisions={}, caches=("float32", "bfloat16", "int8")
+)
 ENGINES = {
-    "jaxinfer": Engine(
-        script="worker_jaxinfer.py", python=None, environment=None, precisions={}, caches=("float32", "bfloat16", "int8")
-    ),
+    OURS: _JAXINFER,
+    OURS_ON_XLA: dataclasses.replace(_JAXINFER, options=("--kernels", "xla")),
     "transformers": Engine(
         script="peer_transformers.py",
         python="oracle/bin/python",
@@ -172,7 +175,7 @@ class Models:
     def path(self, system: System) -> Path:
         """The model in the form that a system reads, made where it is not there. Raises LeftOutError."""
         self.python(system.engine)
-        if system.engine in ("jaxinfer", "transformers"):
+        if system.engine in (OURS, OURS_ON_XLA, "transformers"):
             return self.source
         if self.file_type is None:
             raise LeftOutError("it is made from a .gguf file only")
@@ -209,11 +212,11 @@ def run_worker(system: System, model: Path, models: Models, args: argparse.Names
     command = [str(models.python(system.engine)), str(HERE / ENGINES[system.engine].script), str(model)]
     command += ["--precision", system.precision, "--threads", str(args.threads), "--tokens", str(args.tokens)]
     command += ["--folder", str(folder), "--workloads", *args.workloads]
-    if system.cache:
-        command += ["--cache", system.cache]
+    command += ["--cache", system.cache] if system.cache else []
+    command += ENGINES[system.engine].options
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a first start finds nothing compiled
-    if system.engine == OURS:
+    if system.engine in (OURS, OURS_ON_XLA):
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=args.timeout)
@@ -340,10 +343,10 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("model", nargs="?", help="a .gguf file; a Hugging Face folder for jaxinfer and transformers alone")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="default: all of --list")
     parser.add_argument(
-        "--workloads", nargs="+", metavar="NAME", choices=("all", *WORKLOADS), help=f"default: {DEFAULT_WORKLOADS}"
+        "--workloads", nargs="+", metavar="NAME", choices=("all", *WORKLOADS), help=f"default: {' '.join(DEFAULT_WORKLOADS)}"
     )
     parser.add_argument(
-        "--quick", action="store_true", help=f"2 rounds of {' and '.join(QUICK_WORKLOADS)}, unless they are given"
+        "--quick", action="store_true", help=f"1 round of {' and '.join(QUICK_WORKLOADS)}, unless they are given"
     )
     parser.add_argument("--rounds", type=int, help="default 3")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: the cores of this process")
@@ -364,11 +367,11 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not (args.list or args.source or args.model):
         parser.error("give a MODEL, --from FILE or --list")
-    if (args.rounds or 1) < 1 or args.tokens < 2 or args.threads < 1:
+    args.rounds = (1 if args.quick else 3) if args.rounds is None else args.rounds
+    if args.rounds < 1 or args.tokens < 2 or args.threads < 1:
         parser.error("--rounds and --threads are at least 1, --tokens at least 2")
     chosen = args.workloads or (QUICK_WORKLOADS if args.quick else DEFAULT_WORKLOADS)
     args.workloads = tuple(name for name in WORKLOADS if name in chosen or "all" in chosen)
-    args.rounds = args.rounds or (2 if args.quick else 3)
     args.systems = tuple(dict.fromkeys(args.systems or DEFAULT_SYSTEMS))
     return args
 

@@ -21,7 +21,9 @@ The JSON file of `cpu_peers.py --json FILE` is one object. Layout, version 1; a 
                          from the start of a process to its first token: in round 1, when nothing compiled was there yet, and later
         import_seconds, load_seconds, peak_memory_megabytes
                          SPREAD each
-        same_tokens      how many of the first 16 greedy tokens are those of `text_reference`; null where decode was not run
+        same_tokens, compared_tokens
+                         of the first 16 greedy tokens, so many start as those of `text_reference`, of so many that both have; null
+                         where decode was not run
     text_reference  name of the row that texts are compared to, or null
     fastest      [{group, workload, baseline, peer, ratio SPREAD}]: jaxinfer against the fastest peer of each group
     left_out     {system: why it was not run}
@@ -43,6 +45,7 @@ from worker import IDS_SHOWN, WORKLOADS
 VERSION = 1
 GROUPS = ("float32", "bfloat16", "int8", "int4")
 OURS = "jaxinfer"
+OURS_ON_XLA = "jaxinfer-xla"  # without native kernels: for comparison, and no peer
 
 Run = Mapping[str, Any]
 Spread = dict[str, float]
@@ -76,9 +79,8 @@ def _ratio(baseline: Sequence[Run], runs: Sequence[Run], workload: str) -> Sprea
     return spread([a / b for a, b in zip(_rates(baseline, workload), _rates(runs, workload), strict=True)])
 
 
-def _same(ids: Sequence[int], reference: Sequence[int]) -> int:
-    """Length of the common start."""
-    return next((i for i, (a, b) in enumerate(zip(ids, reference, strict=False)) if a != b), min(len(ids), len(reference)))
+def _common_start(pairs: Sequence[tuple[int, int]]) -> int:
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
 
 
 def _first_ids(runs: Sequence[Run]) -> Sequence[int]:
@@ -94,7 +96,7 @@ def summarise(systems: Sequence[System], runs: Mapping[str, Sequence[Run]], work
     rows = [_row(s, runs, workloads, baselines.get(s.group), reference) for s in systems]
     fastest = []
     for group, baseline in baselines.items():
-        peers = [s.name for s in systems if s.group == group and s.engine != OURS]
+        peers = [s.name for s in systems if s.group == group and s.engine not in (OURS, OURS_ON_XLA)]
         for workload in workloads if peers else ():
             peer = max(peers, key=lambda name: statistics.median(_rates(runs[name], workload)))
             ratio = _ratio(runs[baseline], runs[peer], workload)
@@ -113,6 +115,7 @@ def _row(
     decoded = "decode" in workloads
     reached = [r["bytes_per_token"] * rate / 1e9 for r, rate in zip(own, _rates(own, "decode"), strict=True)] if decoded else []
     bandwidth = [run["bandwidth_gb_per_second"] for run in own]
+    texts = list(zip(_first_ids(own), _first_ids(runs[reference]), strict=False)) if reference is not None else []
     compared = runs[baseline] if baseline is not None and baseline != system.name else None
     return {
         "name": system.name,
@@ -139,7 +142,8 @@ def _row(
         "import_seconds": spread([run["import_seconds"] for run in own]),
         "load_seconds": spread([run["load_seconds"] for run in own]),
         "peak_memory_megabytes": spread([run["peak_memory_bytes"] / 1e6 for run in own]),
-        "same_tokens": _same(_first_ids(own), _first_ids(runs[reference])) if reference is not None else None,
+        "same_tokens": _common_start(texts) if decoded else None,
+        "compared_tokens": len(texts) if decoded else None,
     }
 
 
@@ -192,13 +196,13 @@ def _speeds(rows: Sequence[Mapping[str, Any]], workloads: Sequence[str], markdow
             ours = "1" if row["baseline"] == row["name"] else _cell(values["ratio"], lambda v: f"{v:.2f}", "x")
             line += [_cell(values["tokens_per_second"]), ours]
         if text:
-            line.append("-" if row["same_tokens"] is None else _text(row["same_tokens"]))
+            line.append(_text(row["same_tokens"], row["compared_tokens"]))
         cells.append(line)
     return _grid(heads + ["text"] * text, cells, markdown)
 
 
-def _text(same: int) -> str:
-    return "the same" if same >= IDS_SHOWN else f"other from token {same + 1}"
+def _text(same: int, compared: int) -> str:
+    return "the same" if same == compared else f"other from token {same + 1}"
 
 
 def _resources(rows: Sequence[Mapping[str, Any]], markdown: bool) -> str:
@@ -266,8 +270,9 @@ def _notes(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
         notes.append(f"Text: the first {IDS_SHOWN} greedy tokens, beside those of {report['text_reference']}.")
     versions = dict.fromkeys(row["system"] for row in rows)
     notes.append(f"Versions: {'; '.join(versions)}.")
-    for kernels in dict.fromkeys(row["kernels"] for row in rows if row["engine"] == OURS):
-        notes.append(f"jaxinfer's kernels: {kernels}.")
+    for kernels in dict.fromkeys(row["kernels"] for row in rows if row["engine"] in (OURS, OURS_ON_XLA)):
+        names = [_label(row) for row in rows if row["kernels"] == kernels]
+        notes.append(f"Kernels of {', '.join(names)}: {kernels}.")
     notes += [f"Left out: {name}: {why}" for name, why in report["left_out"].items()]
     notes += [f"Failed: {name}: {why.splitlines()[0]}" for name, why in report["failed"].items()]
     return notes
