@@ -29,7 +29,7 @@ class BuildKernels(build_ext):
     """Compiles with pallas_kernels/cpu/build.py."""
 
     def get_ext_filename(self, fullname):
-        return os.path.join(*fullname.split(".")) + ".so"
+        return os.path.join(*fullname.split(".")[:-1], native_build().LIBRARY)
 
     def build_extension(self, ext):
         build, target = native_build(), Path(self.get_ext_fullpath(ext.name))
@@ -60,7 +60,7 @@ class AnyPython(bdist_wheel):
 
     def get_tag(self):
         platform = super().get_tag()[2]
-        library = Path(self.bdist_dir, *NAME.split(".")).with_suffix(".so")
+        library = Path(self.bdist_dir, *NAME.split(".")[:-1], native_build().LIBRARY)
         return "py3", "none", platform if library.is_file() else "any"
 
 

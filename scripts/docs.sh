@@ -13,5 +13,5 @@ make_env docs
 cd "$JAXINFER_ROOT"
 export JAX_PLATFORMS=cpu
 "$JAXINFER_PYTHON" scripts/make_docs.py
-"$JAXINFER_PYTHON" -m pdoc --docformat google -o build/reference jaxinfer convert pallas_kernels sharding
+"$JAXINFER_PYTHON" scripts/make_docs.py --reference build/reference
 say "The reference is in $JAXINFER_ROOT/build/reference/index.html"

@@ -2,6 +2,7 @@
 
 python scripts/make_docs.py            # writes them
 python scripts/make_docs.py --check    # exit status 1 where one is not what the code says
+python scripts/make_docs.py --reference build/reference    # the API reference, from the docstrings, by pdoc
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import importlib
 import inspect
 import pkgutil
 import sys
+import warnings
 from pathlib import Path
 
+import jaxinfer
 import pallas_kernels
 from jaxinfer import errors
 from jaxinfer.models import families
@@ -94,10 +97,26 @@ def error_classes() -> str:
 PAGES = {"support.md": support, "errors.md": error_classes}
 
 
+def write_reference(folder: Path) -> None:
+    """The API reference as HTML. Warnings of pdoc, such as a name that leads nowhere, are errors."""
+    import pdoc
+
+    for name in jaxinfer.__all__:  # they are imported when first used, and pdoc looks at what is there
+        vars(jaxinfer)[name] = getattr(jaxinfer, name)
+    pdoc.render.configure(docformat="google")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        pdoc.pdoc("jaxinfer", "convert", "pallas_kernels", "sharding", output_directory=folder)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; say which pages are out of date")
+    parser.add_argument("--reference", type=Path, metavar="FOLDER", help="write the API reference there, and nothing else")
     args = parser.parse_args()
+    if args.reference:
+        write_reference(args.reference)
+        return 0
     stale = []
     for name, make in PAGES.items():
         path, text = DOCS / name, make()

@@ -21,7 +21,7 @@ from pathlib import Path
 
 FOLDER = Path(__file__).parent
 SOURCES = FOLDER / "src"
-LIBRARY = "jaxinfer_native.so"
+LIBRARY = "jaxinfer.native.so"  # the dot: nothing that looks for modules takes it for one
 FLAGS = (
     "-std=c++17",
     "-O3",
