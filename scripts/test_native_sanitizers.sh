@@ -49,7 +49,7 @@ for kind in "${kinds[@]}"; do
   run=()
   case $kind in
     address) compile "$work/$kind" "$CXX" -O1 -fsanitize=address -fno-omit-frame-pointer ;;
-    undefined) compile "$work/$kind" "$CXX" -O1 -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all ;;
+    undefined) compile "$work/$kind" "$CXX" -O0 -fsanitize=undefined,float-cast-overflow -fno-sanitize-recover=all ;;
     thread) compile "$work/$kind" "$CXX" -O1 -fsanitize=thread ;;
     clang)
       if ! command -v "${CLANGXX:-clang++}" >/dev/null; then

@@ -4,7 +4,6 @@
 #include <condition_variable>
 #include <mutex>
 #include <thread>
-#include <vector>
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -54,8 +53,19 @@ void wait_for(const Ready& ready) {
   while (!ready()) std::this_thread::sleep_for(std::chrono::microseconds(50));
 }
 
+// How far a worker is with a job.
+enum State : uint32_t {
+  kIdle,
+  kCalled,     // by a caller that waits for it to come
+  kJoined,     // it has come and waits for its place in the team
+  kGo,         // it has its place
+  kCancelled,  // the caller has gone on without it
+};
+
+class Pool;
+
 struct Worker {
-  std::atomic<uint32_t> ticket{0};  // raised for each job
+  std::atomic<uint32_t> state{kIdle};
   std::atomic<bool> asleep{false};
   std::mutex mutex;
   std::condition_variable wake;
@@ -63,25 +73,14 @@ struct Worker {
   void* argument = nullptr;
   Lane lane;
   std::atomic<int>* left = nullptr;
+  Worker* next = nullptr;  // in the list of idle ones
 
-  void loop() {
-    for (uint32_t seen = 0;; ++seen) {
-      const auto called = [&] { return ticket.load(std::memory_order_seq_cst) != seen; };
-      if (!spin(called, kSpin)) {
-        std::unique_lock<std::mutex> lock(mutex);
-        asleep.store(true, std::memory_order_seq_cst);
-        wake.wait(lock, called);
-        asleep.store(false, std::memory_order_relaxed);
-      }
-      body(argument, lane);
-      left->fetch_sub(1, std::memory_order_release);
-    }
-  }
+  void loop(Pool& pool);
 
   void call() {
-    ticket.fetch_add(1, std::memory_order_seq_cst);
+    state.store(kCalled, std::memory_order_seq_cst);
     if (asleep.load(std::memory_order_seq_cst)) {
-      { std::lock_guard<std::mutex> lock(mutex); }  // it is in wait() by now, or will see the ticket
+      { std::lock_guard<std::mutex> lock(mutex); }  // it is in wait() by now, or will see the call
       wake.notify_one();
     }
   }
@@ -93,28 +92,51 @@ class Pool {
   int take(int n, Worker** out) {
     std::lock_guard<std::mutex> lock(mutex_);
     int got = 0;
-    for (; got < n && !idle_.empty(); ++got) {
-      out[got] = idle_.back();
-      idle_.pop_back();
+    for (; got < n && idle_; ++got) {
+      out[got] = idle_;
+      idle_ = idle_->next;
     }
     const int most = static_cast<int>(std::thread::hardware_concurrency()) - 1;
     for (; got < n && started_ < most; ++got, ++started_) {
       out[got] = new Worker;
-      std::thread([worker = out[got]] { worker->loop(); }).detach();
+      std::thread([this, worker = out[got]] { worker->loop(*this); }).detach();
     }
     return got;
   }
 
-  void give_back(int n, Worker** workers) {
+  void give_back(Worker* worker) {
     std::lock_guard<std::mutex> lock(mutex_);
-    while (n > 0) idle_.push_back(workers[--n]);  // the ones taken first, still awake, are the next to be taken
+    worker->next = idle_;  // the next one to be taken: it is awake
+    idle_ = worker;
   }
 
  private:
   std::mutex mutex_;
-  std::vector<Worker*> idle_;
+  Worker* idle_ = nullptr;
   int started_ = 0;
 };
+
+void Worker::loop(Pool& pool) {
+  for (;;) {
+    const auto called = [&] { return state.load(std::memory_order_seq_cst) != kIdle; };
+    if (!spin(called, kSpin)) {
+      std::unique_lock<std::mutex> lock(mutex);
+      asleep.store(true, std::memory_order_seq_cst);
+      wake.wait(lock, called);
+      asleep.store(false, std::memory_order_relaxed);
+    }
+    uint32_t expected = kCalled;
+    if (!state.compare_exchange_strong(expected, kJoined, std::memory_order_acq_rel)) {
+      state.store(kIdle, std::memory_order_relaxed);  // it came too late
+      pool.give_back(this);
+      continue;
+    }
+    wait_for([&] { return state.load(std::memory_order_acquire) == kGo; });
+    body(argument, lane);
+    state.store(kIdle, std::memory_order_relaxed);
+    left->fetch_sub(1, std::memory_order_release);
+  }
+}
 
 Pool& pool() {
   static Pool* const instance = new Pool;  // never destroyed: its threads run until the process ends
@@ -138,8 +160,22 @@ void Barrier::wait(int id, int size) {
 
 void run_team(int threads, void (*body)(void*, const Lane&), void* argument) {
   Worker* workers[kMaxTeam];
+  int found = 0;
+  if (threads > 1) found = pool().take((threads < kMaxTeam ? threads : kMaxTeam) - 1, workers);
+  for (int i = 0; i < found; ++i) workers[i]->call();
+  // a worker whose core is busy with something else may be milliseconds away: better without it
+  spin(
+      [&] {
+        for (int i = 0; i < found; ++i)
+          if (workers[i]->state.load(std::memory_order_acquire) != kJoined) return false;
+        return true;
+      },
+      kSpin);
   int helpers = 0;
-  if (threads > 1) helpers = pool().take((threads < kMaxTeam ? threads : kMaxTeam) - 1, workers);
+  for (int i = 0; i < found; ++i) {
+    uint32_t expected = kCalled;
+    if (!workers[i]->state.compare_exchange_strong(expected, kCancelled, std::memory_order_acq_rel)) workers[helpers++] = workers[i];
+  }
   if (helpers == 0) return body(argument, Lane{});
   static thread_local Barrier barrier;
   const int size = helpers + 1;
@@ -150,11 +186,11 @@ void run_team(int threads, void (*body)(void*, const Lane&), void* argument) {
     workers[i]->argument = argument;
     workers[i]->lane = Lane{i + 1, size, &barrier};
     workers[i]->left = &left;
-    workers[i]->call();
+    workers[i]->state.store(kGo, std::memory_order_release);
   }
   body(argument, Lane{0, size, &barrier});
   wait_for([&] { return left.load(std::memory_order_acquire) == 0; });
-  pool().give_back(helpers, workers);
+  for (int i = helpers; i-- > 0;) pool().give_back(workers[i]);
 }
 
 }  // namespace jaxinfer
