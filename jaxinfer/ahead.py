@@ -18,9 +18,10 @@ from jaxinfer.programs import Program, Programs, Signature
 from jaxinfer.requests import Request
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.slots import Slot, Slots, bucket, cache_bucket
+from pallas_kernels.cpu import library
 from sharding.rules import DATA
 
-WORKERS = 2  # programs that are compiled at the same time; XLA uses several cores for one already
+WORKERS = 2  # programs that are compiled at the same time, at most; XLA uses several cores for one already
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +141,9 @@ class Walk:
         for wanted in traffic.prompt_tokens:
             width = slots.prompt_bucket(min(wanted, longest))
             for new in traffic.new_tokens:
-                for tokens in (n for n in range(1, longest) if slots.prompt_bucket(n) == width):
+                for tokens in (
+                    n for n in range(max(1, width // 2), min(width + 1, longest)) if slots.prompt_bucket(n) == width
+                ):
                     limit = min(new, longest - tokens)
                     key = width, cache_bucket(tokens + limit, longest)
                     if key not in known:
@@ -204,12 +207,17 @@ def request_of(prompt: list[int], limit: int, *, logprobs: int | None = None) ->
     return Request(prompt, params, limit=limit, stop_tokens=(), tokenizer=None)
 
 
+def workers() -> int:
+    """Threads that make programs ready: one fewer than cores, so that what comes first does not wait for what comes later."""
+    return min(WORKERS, max(1, library.cores() - 1))
+
+
 def prepare(slots: Slots, requests: Sequence[Request]) -> concurrent.futures.Future[None]:
-    """Compile, or load, in other threads what these requests will need, the first need first; a call meanwhile waits for it.
+    """Compile, or load, in other threads what these requests will need, the first need first; a call meanwhile waits for what it needs.
 
     The result is there once all of it is under way.
     """
-    pool = concurrent.futures.ThreadPoolExecutor(WORKERS, thread_name_prefix="compile")
+    pool = concurrent.futures.ThreadPoolExecutor(workers(), thread_name_prefix="compile")
 
     def found(need: Need) -> None:
         if ready := need.program.ready.get(need.signature):
@@ -223,7 +231,9 @@ def prepare(slots: Slots, requests: Sequence[Request]) -> concurrent.futures.Fut
         finally:
             pool.shutdown(wait=False)
 
-    tracing = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="trace")
+    tracing, coming = concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix="trace"), slots.programs.coming
     started = tracing.submit(walk)
+    coming.append(started)
+    started.add_done_callback(coming.remove)
     tracing.shutdown(wait=False)
     return started

@@ -60,11 +60,10 @@ def init_inference(
     opened = open_model(model, config, devices=devices, tokenizer=tokenizer, progress=progress, **keys)
     engine = opened.engine()
     executables.use(engine.programs, opened.config.executables, opened.path)
-    started = None if expect is None else engine.prepare(*expect)
+    if expect is not None:
+        engine.prepare(*expect)
     with explained(opened.memory):
         engine.provide(place(opened.tensors, opened.mesh, config=opened.model, progress=progress).weights)
-    if started is not None:
-        started.result()
     return engine
 
 

@@ -35,7 +35,7 @@ import jaxlib
 import numpy as np
 from jax.experimental import serialize_executable
 
-from jaxinfer.ahead import Need
+from jaxinfer.ahead import Need, workers
 from jaxinfer.compilation import without_compilation_cache
 from jaxinfer.demo import cache_dir
 from jaxinfer.errors import ExecutablesError
@@ -310,7 +310,7 @@ def attach(programs: Programs, folder: Path, *, trusted: bool, required: bool = 
         stored = program.ready.setdefault(signature, _Stored(own, entry, program))
         if isinstance(stored, _Stored):
             first.setdefault((program.name, *map(str, program.static.values())), stored)
-    pool = concurrent.futures.ThreadPoolExecutor(2, thread_name_prefix="executables")
+    pool = concurrent.futures.ThreadPoolExecutor(workers(), thread_name_prefix="executables")
     for stored in first.values():
         pool.submit(stored.result)
     pool.shutdown(wait=False)

@@ -5,6 +5,7 @@ that a second one neither traces nor compiles.
 """
 
 import collections
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -61,7 +62,7 @@ class Program:
 
     name, static: which program of a model it is. weights: whether its first argument is the model's weights, whose shapes are always the
     same. precision: jax's default_matmul_precision while it is traced. kernels: see EngineConfig. ready: executables for some shapes of its
-    arguments; others go through jax.jit, which has compiled for those of `met`.
+    arguments; others go through jax.jit, which has compiled for those of `met`. coming: work that is finding out what `ready` should have.
     """
 
     def __init__(
@@ -74,19 +75,21 @@ class Program:
         weights: bool,
         precision: str | None = None,
         kernels: str = "auto",
+        coming: Sequence[concurrent.futures.Future] = (),
     ):
         self.name, self.static, self.mesh, self.weights = name, dict(static), mesh, weights
         self.ready: dict[Signature, Ready] = {}
         self.met: set[Signature | None] = set()
+        self.coming = coming
         self._inputs = recipe.inputs
         function = _named(recipe.function, name, precision, without=("native",) if kernels == "xla" else ())
         sharded = jax.shard_map(function, mesh=mesh, in_specs=recipe.inputs, out_specs=recipe.outputs, check_vma=False)
         self._jitted: Any = jax.jit(sharded, donate_argnums=recipe.donate)
 
     def __call__(self, *arguments):
-        if self.ready:
+        if self.ready or self.coming:
             signature = self.signature(arguments)
-            found = None if signature is None else self.ready.get(signature)
+            found = None if signature is None else self._find(signature)
             if found is not None:
                 return found.result()(*arguments)
         known = self._jitted._cache_size()
@@ -94,6 +97,11 @@ class Program:
         if self._jitted._cache_size() != known:
             self.met.add(self.signature(arguments))
         return result
+
+    def _find(self, signature: Signature) -> Ready | None:
+        if signature not in self.ready and signature not in self.met:
+            concurrent.futures.wait(list(self.coming))
+        return self.ready.get(signature)
 
     def signature(self, arguments: tuple) -> Signature | None:
         """What tells the executables of this program apart; None where jax is tracing."""
@@ -135,18 +143,27 @@ def _sharded(mesh: Mesh, specs, tree):
 
 SHARED_SETS = 8  # of programs that are kept; what an engine uses lives as long as the engine
 
-_shared: collections.OrderedDict[Hashable, dict[tuple, Program]] = collections.OrderedDict()
+
+@dataclasses.dataclass(frozen=True)
+class _Set:
+    """Programs by name and keywords, and the work that makes some of them ready."""
+
+    built: dict[tuple, Program] = dataclasses.field(default_factory=dict)
+    coming: list[concurrent.futures.Future] = dataclasses.field(default_factory=list)
+
+
+_shared: collections.OrderedDict[Hashable, _Set] = collections.OrderedDict()
 _lock = threading.Lock()
 
 
-def _programs_of(key: Hashable) -> dict[tuple, Program]:
-    """The programs that were built for a key, the same dict for all who ask while it is among the last few."""
+def _programs_of(key: Hashable) -> _Set:
+    """The programs that were built for a key, the same for all who ask while it is among the last few."""
     with _lock:
-        built = _shared.setdefault(key, {})
+        found = _shared.setdefault(key, _Set())
         _shared.move_to_end(key)
         while len(_shared) > SHARED_SETS:
             _shared.popitem(last=False)
-        return built
+        return found
 
 
 def _once(build: Callable[..., Recipe]) -> Callable[..., Program]:
@@ -173,6 +190,7 @@ def _once(build: Callable[..., Recipe]) -> Callable[..., Program]:
                         weights=weights,
                         precision=self.matmul_precision,
                         kernels=self.kernels,
+                        coming=self.coming,
                     )
         return built[key]
 
@@ -189,7 +207,7 @@ class Programs:
 
     cache_dtype: of keys and values. matmul_precision: jax's default_matmul_precision in them, None to leave it as it is. kernels: see
     EngineConfig. shapes: of the weights, ShapeDtypeStructs with their shardings. built: those that were asked for so far, also by other
-    engines; what holds a user's function is not among them.
+    engines; what holds a user's function is not among them. coming: work that makes some ready, which calls of others wait for.
     """
 
     def __init__(self, placed: Placed, *, cache_dtype, matmul_precision: str | None = None, kernels: str = "auto"):
@@ -201,7 +219,8 @@ class Programs:
         chosen = tuple(i for op in registry.operations() for i in registry.implementations(op))
         arithmetic = (self.plan, self.cache_dtype, matmul_precision, kernels, chosen, tuple(settings().items()))
         self._own: dict[tuple, Program] = {}
-        self.built = _programs_of((self.mesh, tree, weights, arithmetic))
+        shared = _programs_of((self.mesh, tree, weights, arithmetic))
+        self.built, self.coming = shared.built, shared.coming
 
     def _model(self, function: Callable, **static):
         """A function of weights as the model sees them, without the stage axis."""

@@ -169,6 +169,9 @@ def row_chunks(shape: Sequence[int], unit: Units | None, row_bytes: int) -> Iter
     """Cut axis 0 of a shard into pieces of about CHUNK_BYTES: (their place in the result, what to read)."""
     rows = shape[0] if unit is None else unit.length
     step = max(1, CHUNK_BYTES // max(1, row_bytes))
+    if unit is not None and 0 < rows <= step:
+        yield slice(0, rows), unit
+        return
     for start in range(0, rows, step):
         stop = min(start + step, rows)
         elements = range(start, stop) if unit is None else unit.elements[start:stop].tolist()
@@ -210,6 +213,11 @@ class MappedFile:
             raise TruncatedFileError(f"{path} is empty (0 bytes); download or copy it again")
         with path.open("rb") as file:
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+    @property
+    def map(self) -> mmap.mmap:
+        """All of it, for who reads many small pieces."""
+        return self._map
 
     def bytes(self, offset: int, count: int) -> bytes:
         return self._map[offset : offset + count]

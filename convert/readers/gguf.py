@@ -7,6 +7,7 @@ and dequantisation are the gguf package's. Format: https://github.com/ggml-org/g
 import dataclasses
 import functools
 import math
+import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ PACKED = {
     Type.Q4_1: PackedFormat(format="int4", group=BLOCK, zeros=True, zeros_dtype=FLOAT16),
     Type.Q8_0: PackedFormat(format="int8", group=BLOCK),
 }
+_LENGTH = struct.Struct("<Q")
 _SCALARS: dict[int, np.dtype] = {
     GGUFValueType.UINT8: np.dtype("u1"),
     GGUFValueType.INT8: np.dtype("i1"),
@@ -137,6 +139,20 @@ class _Cursor:
     def string(self) -> str:
         return self.take(self.u64()).decode("utf-8", "replace")
 
+    def strings(self, count: int) -> list[str]:
+        """One after another, in few steps each: a vocabulary and its merges are a hundred thousand."""
+        data, at, size, out = self.file.map, self.at, self.file.size, []
+        for _ in range(count):
+            start = at + 8
+            end = start + _LENGTH.unpack_from(data, at)[0] if start <= size else size + 1
+            if end > size:
+                self.at = at
+                self.string()  # says what is wrong
+            out.append(data[start:end].decode("utf-8", "replace"))
+            at = end
+        self.at = at
+        return out
+
     def value(self, kind: int):
         if kind == GGUFValueType.STRING:
             return self.string()
@@ -145,6 +161,8 @@ class _Cursor:
             if inner in _SCALARS:
                 dtype = _SCALARS[inner]
                 return np.frombuffer(self.take(count * dtype.itemsize), dtype).tolist()
+            if inner == GGUFValueType.STRING:
+                return self.strings(count)
             return [self.value(inner) for _ in range(count)]
         if kind not in _SCALARS:
             raise UnsupportedFormatError(f"{self.file.path}: metadata of type {kind} at byte {self.at}; the file is damaged")

@@ -169,11 +169,16 @@ def _byte_level(tokens: Sequence[str], merges: Sequence[str], pre: PreTokenizer)
         "normalizer": {"type": "NFC"} if pre.nfc else None,
         "pre_tokenizer": {"type": "Sequence", "pretokenizers": steps},
         "decoder": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True},
-        "model": _bpe(tokens, [m.split(" ", 1) for m in merges], ignore_merges=pre.ignore_merges),
+        "model": _bpe(tokens, _pairs(merges), ignore_merges=pre.ignore_merges),
     }
 
 
-def _bpe(tokens: Sequence[str], merges: Sequence[Sequence[str]], **options) -> dict[str, Any]:
+def _pairs(merges: Sequence[str]) -> Sequence[str | Sequence[str]]:
+    """Merges "a b" as they are where the space is plain; making pairs of them takes longer than anything else here."""
+    return merges if all(m.count(" ") == 1 for m in merges) else [m.split(" ", 1) for m in merges]
+
+
+def _bpe(tokens: Sequence[str], merges: Sequence[str | Sequence[str]], **options) -> dict[str, Any]:
     base: dict[str, Any] = {"type": "BPE", "dropout": None, "unk_token": None, "fuse_unk": False, "byte_fallback": False}
     base |= {"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
     return {**base, **options, "vocab": {token: i for i, token in enumerate(tokens)}, "merges": merges}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import time
 import weakref
 
 import jax
@@ -143,16 +144,22 @@ def test_programs_hold_no_weights_and_no_functions_of_users(model) -> None:
 
 @pytest.mark.usefixtures("nothing_shared")
 def test_expected_requests_are_compiled_while_weights_are_read(model, answer, compiled, monkeypatch) -> None:
-    """When the engine is there, all that it needs is compiled or on the way."""
+    """When the engine is there, all that it needs is compiled or on the way; a call waits for what it needs."""
     walked: list[bool] = []
-    monkeypatch.setattr(ahead.Walk, "requests", lambda self, r, run=ahead.Walk.requests: (walked.append(True), run(self, r)))
+
+    def walk(self, requests, run=ahead.Walk.requests) -> None:
+        walked.append(True)
+        time.sleep(0.5)  # so that the first call comes before anything is known of its program
+        run(self, requests)
+
+    monkeypatch.setattr(ahead.Walk, "requests", walk)
     real = jaxinfer.api.place
     monkeypatch.setattr(jaxinfer.api, "place", lambda *a, **k: walked.append(False) or real(*a, **k))
     engine = jaxinfer.init_inference(model.folder, CONFIG, expect=(PROMPT, PARAMS))
+    assert engine.generate(PROMPT, PARAMS).token_ids == answer
     assert set(walked) == {True, False}
     ready = {program.name: len(program.ready) for program in engine.programs.built.values()}
     assert ready == {"state": 1, "prefill": 1, "insert": 1, "decode": 1}
-    assert engine.generate(PROMPT, PARAMS).token_ids == answer
     assert not any(program.met for program in engine.programs.built.values())  # jax.jit compiled nothing
     assert sorted(compiled) == ["jit(decode)", "jit(insert)", "jit(prefill)", "jit(state)"]
     engine.prepare(PROMPT, PARAMS).result()
