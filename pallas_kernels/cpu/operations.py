@@ -223,3 +223,19 @@ def argmax(logits, *, shards):
     # on the shards that do not hold the largest an id past every other one
     here = jnp.where(largest < shards.max(largest), jnp.int32(2**31 - 1), ids + shards.offset)
     return shards.min(here)
+
+
+# --- sample
+
+
+def supports_sample(target, facts) -> bool | str:
+    """CPUs, float32 logits of the whole vocabulary."""
+    return "it draws from a whole vocabulary" if facts["split"] else supports_argmax(target, facts)
+
+
+def sample(logits, *, temperature, top_k, top_p, min_p, seeds, steps, shards):
+    knobs = (temperature, top_k, top_p, min_p, seeds, steps)
+    result = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
+    return _call("jaxinfer_sample", result)(
+        jax.lax.stop_gradient(logits), *knobs, integers=operands.integers(*library.call_integers())
+    )

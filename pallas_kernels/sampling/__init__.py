@@ -29,6 +29,7 @@ __all__ = [
 register("argmax", "reference", reference.argmax)
 register("argmax", "native", native.argmax, supports=native.supports_argmax, priority=native.PRIORITY)
 register("sample", "reference", reference.sample)
+register("sample", "native", native.sample, supports=native.supports_sample, priority=native.PRIORITY)
 register("log_probs", "reference", reference.log_probs)
 register("top_log_probs", "reference", reference.top_log_probs)
 register("penalize", "reference", edits.penalize)
@@ -80,7 +81,7 @@ def sample(
     """
     knobs = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seeds": seeds, "steps": steps}
     _check("sample", logits, **knobs)
-    run = choose("sample", implementation, shape=logits.shape, dtype=logits.dtype)
+    run = choose("sample", implementation, shape=logits.shape, dtype=logits.dtype, split=shards is not WHOLE_VOCAB)
     return run.function(logits, **knobs, shards=shards)
 
 

@@ -8,6 +8,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <memory>
 #include <random>
@@ -177,6 +178,11 @@ std::vector<double> multiply(const Weight& w, const double* x) {
   return y;
 }
 
+// Whether inputs of the weight may be rounded to bfloat16.
+bool rounds_to_halves(const Weight& w) {
+  return w.view.format == Format::bf16 || (w.view.format != Format::f32 && w.view.input_group < 0);
+}
+
 void compare(const std::string& what, const float* got, const std::vector<double>& want, double tolerance) {
   double size = 1e-6, worst = 0;
   for (double x : want) size = std::max(size, std::fabs(x));
@@ -224,7 +230,7 @@ void test_matmul(const Kernels& kernels, Random& random, const std::string& name
   }
   compare(name + " matmul " + std::to_string(rows) + "x" + std::to_string(inputs) + "x" + std::to_string(outputs) + " format " +
               std::to_string(static_cast<int>(w.view.format)),
-          call.y, want, 1e-4);
+          call.y, want, rounds_to_halves(w) && w.view.format != Format::bf16 ? 1e-2 : 1e-4);
 }
 
 void test_mlp(const Kernels& kernels, Random& random, const std::string& name) {
@@ -273,8 +279,8 @@ void test_mlp(const Kernels& kernels, Random& random, const std::string& name) {
     auto made = multiply(down, hidden.data());
     for (size_t o = 0; o < made.size(); ++o) want.push_back(made[o] + (c.residual ? residual[static_cast<size_t>(m) * made.size() + o] : 0));
   }
-  bool halves = down.view.format == Format::bf16;
-  for (const Weight& up : ups) halves = halves || up.view.format == Format::bf16;
+  bool halves = rounds_to_halves(down);
+  for (const Weight& up : ups) halves = halves || rounds_to_halves(up);
   // inputs of bfloat16 weights are rounded: one that falls to the other side moves an output by 2^-9 of an input
   compare(name + " mlp_block " + std::to_string(c.rows) + " rows", c.y, want, halves ? 1e-2 : 1e-4);
 }
@@ -399,7 +405,7 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
     want.insert(want.end(), made.begin(), made.end());
   }
   // the newest keys are rounded to the cache's cells; with few keys they weigh much
-  const bool halves = qkv.view.format == Format::bf16 || out.view.format == Format::bf16;
+  const bool halves = rounds_to_halves(qkv) || rounds_to_halves(out);
   compare(name + " attention_block cell " + std::to_string(static_cast<int>(c.cache.cell)) + " tokens " + std::to_string(c.tokens), c.y, want,
           c.cache.cell != Cell::f32 ? 0.1 : halves ? 2e-2 : 1e-4);
 }
@@ -421,6 +427,61 @@ void test_argmax(const Kernels& kernels, Random& random, const std::string& name
   }
 }
 
+void test_sample(const Kernels& kernels, Random& random, const std::string& name) {
+  const int64_t rows = random.between(1, 4), columns = random.between(1, 700), kind = random.between(0, 3);
+  auto x = random.floats(rows * columns);
+  for (float& v : x) {
+    v *= 4;
+    if (kind == 1) v = std::round(v);
+    if (kind == 2 && random.between(0, 1)) v = -INFINITY;
+    if (kind == 3 && random.between(0, 9) == 0) v = random.between(0, 1) ? NAN : INFINITY;
+  }
+  std::vector<float> temperature, top_p, min_p;
+  std::vector<int32_t> top_k, steps;
+  std::vector<uint32_t> seeds;
+  for (int64_t r = 0; r < rows; ++r) {
+    temperature.push_back(static_cast<float>(random.between(0, 3)) * 0.5f);
+    top_k.push_back(static_cast<int32_t>(random.between(0, 3) ? random.between(1, columns) : 0));
+    top_p.push_back(static_cast<float>(random.between(0, 4)) * 0.25f);
+    min_p.push_back(static_cast<float>(random.between(0, 4)) * 0.25f);
+    seeds.push_back(static_cast<uint32_t>(random.between(0, 1 << 30)));
+    steps.push_back(static_cast<int32_t>(random.between(0, 1000)));
+  }
+  const Bytes held = exact(x);
+  std::vector<int32_t> ids(static_cast<size_t>(rows), -1);
+  SampleCall c;
+  c.rows = rows, c.columns = columns, c.threads = 2;
+  c.x = floats_of(held), c.temperature = temperature.data(), c.top_p = top_p.data(), c.min_p = min_p.data();
+  c.top_k = top_k.data(), c.steps = steps.data(), c.seeds = seeds.data(), c.y = ids.data();
+  kernels.sample(c);
+  for (size_t r = 0; r < ids.size(); ++r) {
+    const float* const row = x.data() + static_cast<int64_t>(r) * columns;
+    bool right = ids[r] >= 0 && ids[r] < columns;
+    if (right && kind != 3) {
+      const double chosen = row[ids[r]], top = *std::max_element(row, row + columns), t = temperature[r];
+      if (t == 0 || std::isinf(top)) {
+        right = ids[r] == std::max_element(row, row + columns) - row;
+      } else {
+        std::vector<double> z(row, row + columns);
+        std::sort(z.begin(), z.end(), std::greater<>());
+        if (top_k[r] > 0) {
+          const double least = z[static_cast<size_t>(top_k[r] - 1)];
+          right = chosen >= least;
+          while (z.back() < least) z.pop_back();
+        }
+        double total = 0, above = 0;
+        for (double v : z) total += std::exp((v - top) / t);
+        for (double v : z) above += v > chosen ? std::exp((v - top) / t) : 0;
+        right = right && (chosen == top || above < total * top_p[r] + 1e-4 * total) && std::exp((chosen - top) / t) >= min_p[r] - 1e-4;
+      }
+    }
+    if (!right) {
+      std::fprintf(stderr, "FAILED %s sample of %ld\n", name.c_str(), static_cast<long>(columns));
+      ++failures;
+    }
+  }
+}
+
 void run(uint64_t seed, int cases, const char* caller) {
   for (int i = 0; i < cases; ++i) {
     const Kernels* const* usable = usable_kernels();
@@ -431,6 +492,7 @@ void run(uint64_t seed, int cases, const char* caller) {
       test_mlp(*usable[level], random, name);
       test_attention(*usable[level], random, name);
       test_argmax(*usable[level], random, name);
+      test_sample(*usable[level], random, name);
     }
   }
 }

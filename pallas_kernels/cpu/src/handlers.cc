@@ -291,6 +291,33 @@ ffi::Error Argmax(ffi::Buffer<ffi::DataType::F32> x, ffi::Result<ffi::Buffer<ffi
              ArgmaxCall{dims[0], dims[1], x.typed_data(), ids->typed_data(), largest->typed_data(), static_cast<int>(integers[1])});
 }
 
+// integers: level, threads. Operands: logits, temperature, top_k, top_p, min_p, seeds, steps.
+ffi::Error Sample(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::S32>> ids, Integers integers) {
+  Check check;
+  check.require(integers.size() == 2 && args.size() == 7, "the library and its caller are of different versions");
+  if (!check.ok()) return check.error("sample");
+  const ffi::DataType f32 = ffi::DataType::F32, s32 = ffi::DataType::S32;
+  const Array x = argument(check, args, 0, "logits");
+  const Array temperature = argument(check, args, 1, "temperature"), top_k = argument(check, args, 2, "top_k");
+  const Array top_p = argument(check, args, 3, "top_p"), min_p = argument(check, args, 4, "min_p");
+  const Array seeds = argument(check, args, 5, "seeds"), steps = argument(check, args, 6, "steps");
+  const Kernels* const table = kernels(check, integers[0]);
+  check.require(x.dims.size() == 2 && x.type == f32 && x.given(), "logits must be float32 [rows, vocabulary]");
+  if (!check.ok()) return check.error("sample");
+  SampleCall c;
+  c.rows = x.dims[0], c.columns = x.dims[1];
+  for (const Array& a : {temperature, top_p, min_p}) a.check(check, f32, {c.rows});
+  for (const Array& a : {top_k, steps}) a.check(check, s32, {c.rows});
+  seeds.check(check, ffi::DataType::U32, {c.rows});
+  for (const Array& a : {temperature, top_k, top_p, min_p, seeds, steps}) check.require(a.given(), "every row needs all of its knobs");
+  check.require(static_cast<int64_t>(ids->element_count()) == c.rows, "one result a row");
+  if (!check.ok()) return check.error("sample");
+  c.x = x.as<float>(), c.temperature = temperature.as<float>(), c.top_p = top_p.as<float>(), c.min_p = min_p.as<float>();
+  c.top_k = top_k.as<int32_t>(), c.steps = steps.as<int32_t>(), c.seeds = seeds.as<uint32_t>();
+  c.y = ids->typed_data(), c.threads = static_cast<int>(integers[1]);
+  return run("sample", table->sample, c);
+}
+
 }  // namespace
 }  // namespace jaxinfer
 
@@ -324,6 +351,12 @@ JAXINFER_HANDLER(jaxinfer_argmax, xla::ffi::Ffi::Bind()
                                       .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
                                       .Attr<xla::ffi::Span<const int64_t>>("integers")
                                       .To(jaxinfer::Argmax))
+
+JAXINFER_HANDLER(jaxinfer_sample, xla::ffi::Ffi::Bind()
+                                      .RemainingArgs()
+                                      .Ret<xla::ffi::Buffer<xla::ffi::DataType::S32>>()
+                                      .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                      .To(jaxinfer::Sample))
 
 // The name of a usable instruction set, the best first, or null past the last.
 JAXINFER_EXPORT const char* jaxinfer_instruction_set(int level) {

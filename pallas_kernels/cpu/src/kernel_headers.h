@@ -1,6 +1,7 @@
 // What the kernels include, before any instruction set is named: an inline function of a header compiled for a newer CPU could be the
 // one that the linker keeps for all.
 #pragma once
+#include <algorithm>
 #include <atomic>
 #include <cmath>
 #include <cstdint>

@@ -92,6 +92,16 @@ struct ArgmaxCall {
   int threads = 1;
 };
 
+// The knobs of each row as in pallas_kernels.sampling.sample.
+struct SampleCall {
+  int64_t rows = 0, columns = 0;
+  const float *x = nullptr, *temperature = nullptr, *top_p = nullptr, *min_p = nullptr;
+  const int32_t *top_k = nullptr, *steps = nullptr;
+  const uint32_t* seeds = nullptr;
+  int32_t* y = nullptr;
+  int threads = 1;
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -99,6 +109,7 @@ struct Kernels {
   void (*mlp_block)(const MlpCall&);
   void (*matmul)(const MatmulCall&);
   void (*argmax)(const ArgmaxCall&);
+  void (*sample)(const SampleCall&);
   int64_t (*read)(const void* data, int64_t bytes, int threads);  // reads all of it; returns a sum so that it cannot be left out
 };
 
