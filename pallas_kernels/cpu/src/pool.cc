@@ -57,22 +57,25 @@ void wait_for(const Ready& ready) {
 enum State : uint32_t {
   kIdle,
   kCalled,     // by a caller that waits for it to come
-  kJoined,     // it has come and waits for its place in the team
-  kGo,         // it has its place
+  kJoined,     // it has come
+  kGo,         // in a team of several helpers: it has its place
+  kDone,       // as good as idle, once its caller has seen it
   kCancelled,  // the caller has gone on without it
 };
 
 class Pool;
 
+// A cache line takes some 200 ns from one core to another, and a decode step makes hundreds of calls. So the line of the state, on which
+// both sides spin, holds nothing else, and what a job is lies ready on a line of its own before the state says that there is one.
 struct Worker {
-  std::atomic<uint32_t> state{kIdle};
-  std::atomic<bool> asleep{false};
-  std::mutex mutex;
-  std::condition_variable wake;
-  void (*body)(void*, const Lane&) = nullptr;
+  alignas(64) std::atomic<uint32_t> state{kIdle};
+  alignas(64) void (*body)(void*, const Lane&) = nullptr;
   void* argument = nullptr;
   Lane lane;
-  std::atomic<int>* left = nullptr;
+  bool only_helper = false;  // its place is certain when it has joined
+  alignas(64) std::atomic<bool> asleep{false};
+  std::mutex mutex;
+  std::condition_variable wake;
   Worker* next = nullptr;  // in the list of idle ones
 
   void loop(Pool& pool);
@@ -96,7 +99,7 @@ class Pool {
       out[got] = idle_;
       idle_ = idle_->next;
     }
-    const int most = static_cast<int>(std::thread::hardware_concurrency()) - 1;
+    static const int most = static_cast<int>(std::thread::hardware_concurrency()) - 1;  // glibc reads a file each time
     for (; got < n && started_ < most; ++got, ++started_) {
       out[got] = new Worker;
       std::thread([this, worker = out[got]] { worker->loop(*this); }).detach();
@@ -117,8 +120,9 @@ class Pool {
 };
 
 void Worker::loop(Pool& pool) {
+  const auto is = [&](uint32_t wanted) { return state.load(std::memory_order_acquire) == wanted; };
   for (;;) {
-    const auto called = [&] { return state.load(std::memory_order_seq_cst) != kIdle; };
+    const auto called = [&] { return state.load(std::memory_order_seq_cst) == kCalled || is(kCancelled); };
     if (!spin(called, kSpin)) {
       std::unique_lock<std::mutex> lock(mutex);
       asleep.store(true, std::memory_order_seq_cst);
@@ -131,10 +135,9 @@ void Worker::loop(Pool& pool) {
       pool.give_back(this);
       continue;
     }
-    wait_for([&] { return state.load(std::memory_order_acquire) == kGo; });
+    if (!only_helper) wait_for([&] { return is(kGo); });
     body(argument, lane);
-    state.store(kIdle, std::memory_order_relaxed);
-    left->fetch_sub(1, std::memory_order_release);
+    state.store(kDone, std::memory_order_release);
   }
 }
 
@@ -145,51 +148,51 @@ Pool& pool() {
 
 }  // namespace
 
-void Barrier::reset(int size) {
-  for (int i = 0; i < size; ++i) flags_[i].value.store(0, std::memory_order_relaxed);
-}
-
-void Barrier::wait(int id, int size) {
-  const uint32_t mine = flags_[id].value.load(std::memory_order_relaxed) + 1;
-  flags_[id].value.store(mine, std::memory_order_release);
-  for (int other = 0; other < size; ++other) {
-    if (other == id) continue;
+void Barrier::wait(const Lane& lane) {
+  const uint32_t mine = ++lane.step;
+  flags_[lane.id].value.store(mine, std::memory_order_release);
+  for (int other = 0; other < lane.size; ++other) {
+    if (other == lane.id) continue;
     wait_for([&] { return static_cast<int32_t>(flags_[other].value.load(std::memory_order_acquire) - mine) >= 0; });
   }
 }
 
 void run_team(int threads, void (*body)(void*, const Lane&), void* argument) {
-  Worker* workers[kMaxTeam];
-  int found = 0;
-  if (threads > 1) found = pool().take((threads < kMaxTeam ? threads : kMaxTeam) - 1, workers);
-  for (int i = 0; i < found; ++i) workers[i]->call();
-  // a worker whose core is busy with something else may be milliseconds away: better without it
-  spin(
-      [&] {
-        for (int i = 0; i < found; ++i)
-          if (workers[i]->state.load(std::memory_order_acquire) != kJoined) return false;
-        return true;
-      },
-      kSpin);
-  int helpers = 0;
-  for (int i = 0; i < found; ++i) {
-    uint32_t expected = kCalled;
-    if (!workers[i]->state.compare_exchange_strong(expected, kCancelled, std::memory_order_acq_rel)) workers[helpers++] = workers[i];
-  }
-  if (helpers == 0) return body(argument, Lane{});
   static thread_local Barrier barrier;
-  const int size = helpers + 1;
-  barrier.reset(size);
-  std::atomic<int> left{helpers};
+  static thread_local uint32_t step = 0;  // that all flags of the barrier have reached, or are behind
+  Worker* workers[kMaxTeam];
+  int helpers = 0;
+  if (threads > 1) helpers = pool().take((threads < kMaxTeam ? threads : kMaxTeam) - 1, workers);
   for (int i = 0; i < helpers; ++i) {
     workers[i]->body = body;
     workers[i]->argument = argument;
-    workers[i]->lane = Lane{i + 1, size, &barrier};
-    workers[i]->left = &left;
-    workers[i]->state.store(kGo, std::memory_order_release);
+    workers[i]->lane = Lane{i + 1, helpers + 1, &barrier, step};
+    workers[i]->only_helper = helpers == 1;
+    workers[i]->call();
   }
-  body(argument, Lane{0, size, &barrier});
-  wait_for([&] { return left.load(std::memory_order_acquire) == 0; });
+  // a worker whose core is busy with something else may be milliseconds away: better without it
+  const auto all_joined = [&] {
+    for (int i = 0; i < helpers; ++i)
+      if (workers[i]->state.load(std::memory_order_acquire) != kJoined) return false;
+    return true;
+  };
+  if (helpers == 1 ? !spin([&] { return workers[0]->state.load(std::memory_order_acquire) != kCalled; }, kSpin) : !spin(all_joined, kSpin)) {
+    int joined = 0;
+    for (int i = 0; i < helpers; ++i) {
+      uint32_t expected = kCalled;
+      if (!workers[i]->state.compare_exchange_strong(expected, kCancelled, std::memory_order_acq_rel)) workers[joined++] = workers[i];
+    }
+    if (helpers > 1)
+      for (int i = 0; i < joined; ++i) workers[i]->lane = Lane{i + 1, joined + 1, &barrier, step};
+    helpers = joined;
+  }
+  if (helpers == 0) return body(argument, Lane{});
+  for (int i = 0; i < helpers; ++i)
+    if (!workers[i]->only_helper) workers[i]->state.store(kGo, std::memory_order_release);
+  const Lane mine{0, helpers + 1, &barrier, step};
+  body(argument, mine);
+  step = mine.step;
+  for (int i = 0; i < helpers; ++i) wait_for([&] { return workers[i]->state.load(std::memory_order_acquire) == kDone; });
   for (int i = helpers; i-- > 0;) pool().give_back(workers[i]);
 }
 

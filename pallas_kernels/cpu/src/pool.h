@@ -7,11 +7,13 @@ namespace jaxinfer {
 
 constexpr int kMaxTeam = 64;
 
-// All threads of a team meet here. One flag a thread, each on its own cache line: nobody writes what another one writes.
+struct Lane;
+
+// All threads of a team meet here. One flag a thread, each on its own cache line: nobody writes what another one writes. Flags only grow,
+// from one call to the next.
 class Barrier {
  public:
-  void reset(int size);
-  void wait(int id, int size);
+  void wait(const Lane& lane);
 
  private:
   struct alignas(64) Flag {
@@ -24,8 +26,9 @@ class Barrier {
 struct Lane {
   int id = 0, size = 1;
   Barrier* barrier = nullptr;
+  mutable uint32_t step = 0;  // of the barrier
   void sync() const {
-    if (size > 1) barrier->wait(id, size);
+    if (size > 1) barrier->wait(*this);
   }
 };
 
