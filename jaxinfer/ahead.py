@@ -101,6 +101,7 @@ class Walk:
     def _slots(self) -> Slots:
         slots = copy.copy(self._engine)
         slots.programs = self._recorder  # type: ignore[assignment]
+        slots.runs_collectives = False  # nothing is run: no turn to wait for, which a call has that waits for this walk
         slots.drop()
         return slots
 

@@ -27,6 +27,7 @@ from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import NoTokenizerError, Tokenizer
 from pallas_kernels.cpu import library
 from pallas_kernels.layer_cache import cache_dtype as named_cache_dtype
+from sharding import distributed
 from sharding.context import ALONE
 from sharding.mesh import make_mesh
 from sharding.partition import split_heads
@@ -98,6 +99,7 @@ def open_model(
 ) -> Opened:
     """What `init_inference` does before it reads weights; arguments and errors are its."""
     config = EngineConfig.load(config, keys)
+    distributed.start()  # where a launcher has started several processes, and nobody has joined them yet
     if config.kernels == "native" and (reason := library.refusal(jax.default_backend())):
         raise BackendError(f"kernels is 'native', and they cannot run here: {reason}; choose 'auto' or 'xla'")
     source, parallel = _source(model, config), config.engine

@@ -4,6 +4,8 @@ The four calls prefill / insert / decode / free are there for those who schedule
 """
 
 import asyncio
+import itertools
+import pickle
 import queue
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
@@ -36,11 +38,15 @@ from jaxinfer.sampling import MAX_STOP_TOKENS, NumberedProcessors, SamplingArray
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler, Ticket
 from jaxinfer.slots import SMALLEST_BUCKET, Slots, bucket, padded
+from jaxinfer.stages import StageReport, stage_report
 from jaxinfer.text import Tokenizer
 from pallas_kernels.layer_cache import cache_dtype
+from sharding.distributed import Channel, channel, fetch, spans_processes
 from sharding.rules import DATA
 
 SCORE_ROWS = 4
+
+_numbers = itertools.count()  # of engines that several processes share, which make them in one order
 
 _CLOSED = "the engine is closed; make a new one with jaxinfer.init_inference"
 
@@ -88,7 +94,13 @@ class Engine:
         )
         weights = lambda: self.params
         self._slots = Slots(self._programs, placed.plan, config, weights, data=self.data_shards, memory=memory_plan)
-        self._scheduler = Scheduler(self._slots)
+        self._calls: Channel | None = None  # what is asked, where several processes run this engine
+        agree: Callable[[Any], Any] | None = None
+        if spans_processes(self.mesh):
+            number = next(_numbers)
+            self._calls, turns = channel(f"calls of engine {number}"), channel(f"turns of engine {number}")
+            agree = lambda mine: turns.exchange(mine, lambda said: said[0])
+        self._scheduler = Scheduler(self._slots, agree=agree)
 
     @property
     def params(self) -> DecoderWeights:
@@ -211,6 +223,9 @@ class Engine:
 
         params: one for all, or one each. Calls from several threads share the slots. Ctrl-C ends the call and its requests, and leaves the
         engine usable. Raises PromptError, TokenLimitError, SamplingParamsError before anything is compiled.
+
+        Where the mesh has devices of several processes, each of them calls this, and each gets the same tokens and text. The prompts are
+        given on all, or on process 0 only and None on the others; what they say otherwise is refused on all.
         """
         if keywords or input_ids is not None:
             if params is not None or (prompts is None) == (input_ids is None):
@@ -218,7 +233,7 @@ class Engine:
                     "give prompts and SamplingParams, or input_ids and keywords as transformers has them; not both"
                 )
             return hf_generate.generate(self, input_ids if prompts is None else prompts, **keywords)
-        single, requests = self._requests(prompts, params)
+        single, requests = self._requests(*self._shared(prompts, params))
         arrived: queue.SimpleQueue[Delta | BaseException] = queue.SimpleQueue()
         samples = [expand(request) for request in requests]
         tickets = [Ticket(request=sample, deliver=arrived.put) for part in samples for sample in part]
@@ -249,9 +264,9 @@ class Engine:
         rows = bucket(-(-len(ids) // self.data_shards), 1, 1 << 30) * self.data_shards
         tokens, lengths = padded(dict(enumerate(ids)), rows, self._slots.prompt_bucket)
         with self._scheduler.paused(), explained(self.memory_plan):
-            return jax.device_get(self._running().forward()(self.params, tokens, lengths))
+            return fetch(self._running().forward()(self.params, tokens, lengths))
 
-    def stream(self, prompt: Prompt, params: SamplingParams | None = None, *, every: int = 1) -> Iterator[Delta]:
+    def stream(self, prompt: Prompt | None, params: SamplingParams | None = None, *, every: int = 1) -> Iterator[Delta]:
         """Generate for one prompt and give text as it becomes final: whole characters, nothing that a stop string would cut.
 
         every: tokens decoded between two pieces, at most. Closing the iterator ends the request.
@@ -274,7 +289,7 @@ class Engine:
         self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
     ) -> list[GenerationResult] | GenerationResult:
         """`generate` for asyncio: many calls run side by side in the engine's slots. Cancelling the task ends its requests."""
-        single, requests = self._requests(prompts, params)
+        single, requests = self._requests(*self._shared(prompts, params))
         deliver, arrived = _mailbox()
         samples = [expand(request) for request in requests]
         tickets = [Ticket(request=sample, deliver=deliver) for part in samples for sample in part]
@@ -287,7 +302,7 @@ class Engine:
         results = [collect(part) for part in samples]
         return results[0] if single else results
 
-    def astream(self, prompt: Prompt, params: SamplingParams | None = None, *, every: int = 1) -> AsyncIterator[Delta]:
+    def astream(self, prompt: Prompt | None, params: SamplingParams | None = None, *, every: int = 1) -> AsyncIterator[Delta]:
         """`stream` for asyncio. Leaving the loop over it, or cancelling the task, ends the request."""
         return self._apieces(self._ticket(prompt, params, every))
 
@@ -302,10 +317,10 @@ class Engine:
         finally:
             self._scheduler.cancel([ticket])
 
-    def _ticket(self, prompt: Prompt, params: SamplingParams | None, every: int) -> Ticket:
+    def _ticket(self, prompt: Prompt | None, params: SamplingParams | None, every: int) -> Ticket:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ConfigError(f"every is {every!r}; give at least 1 token")
-        _, [request] = self._requests([prompt], params)
+        _, [request] = self._requests(*self._shared(None if prompt is None else [prompt], params))
         if request.params.samples > 1:
             raise SamplingParamsError(
                 f"n is {request.params.n} and {request.params.samples} samples are drawn; a stream is one of them: use generate"
@@ -357,13 +372,30 @@ class Engine:
         with self._scheduler.paused():
             self._params = new
 
+    def stage_report(
+        self, *, context: int | None = None, batch: int | None = None, layer_seconds: Sequence[float] | None = None
+    ) -> StageReport:
+        """Which layers each stage of the pipeline has, what a decode tick of theirs costs, and how far the stages differ.
+
+        context: cached tokens of a sequence, inference_max_tokens by default. batch: sequences of a tick, micro_batch_size by default.
+        layer_seconds: measured times of all layers, to be compared instead of the counted bytes.
+        """
+        return stage_report(
+            self.plan,
+            self.params,
+            batch=self.config.micro_batch_size if batch is None else batch,
+            context=self.config.inference_max_tokens if context is None else context,
+            item=np.dtype(cache_dtype(self.config.cache_dtype)).itemsize,
+            layer_seconds=layer_seconds,
+        )
+
     def memory_report(self) -> MemoryReport:
         """Bytes of the weights on this process's devices, by kind of tensor and form."""
         return memory_report(self.params)
 
     def score(self, prompts: Prompt | Sequence[Prompt]) -> list[ScoreResult] | ScoreResult:
         """Log-probability of every token of the prompts given those before it."""
-        single, ids = self._prompt_ids(prompts)
+        single, ids = self._prompt_ids(self._shared(prompts, None)[0])
         results = []
         run = self._running().score()
         rows = SCORE_ROWS * self.data_shards
@@ -372,7 +404,7 @@ class Engine:
             many = bucket(-(-len(part) // self.data_shards), 1, SCORE_ROWS) * self.data_shards
             tokens, lengths = padded(dict(enumerate(part)), many, lambda n: max(2, self._slots.prompt_bucket(n)))
             with self._scheduler.paused(), explained(self.memory_plan):
-                scores: Scores = jax.device_get(run(self.params, tokens, lengths))
+                scores: Scores = fetch(run(self.params, tokens, lengths))
             for row, prompt in enumerate(part):
                 n = len(prompt)
                 logprobs, greedy = scores.logprobs[row, 1:n].tolist(), scores.greedy[row, 1:n].tolist()
@@ -396,6 +428,40 @@ class Engine:
             self.generate([prompt] * batch, SamplingParams(max_tokens=min(2, most - len(prompt)), ignore_eos=True))
         if progress:
             progress(len(work), len(work), "ready")
+
+    def _shared(self, prompts, params) -> tuple[Any, Any]:
+        """Prompts and parameters as process 0 has them, where several processes call together; text as token ids then.
+
+        Raises everywhere what process 0 would refuse, and PromptError where another process was given something else.
+        """
+        if self._calls is None:
+            return prompts, params
+        mine: Any = None
+        if prompts is not None or self._calls.process == 0:
+            try:
+                single, ids = self._prompt_ids(prompts)
+                pickle.dumps(params)
+                mine = ids[0] if single else ids, params
+            except (pickle.PicklingError, AttributeError, TypeError) as error:
+                mine = SamplingParamsError(
+                    f"several processes need parameters that can be pickled, functions of a module: {error}"
+                )
+            except Exception as error:
+                mine = error
+
+        def decide(said: list[Any]) -> Any:
+            first = said[0]
+            if isinstance(first, Exception):
+                raise first
+            self._requests(*first)
+            for i, other in enumerate(said):
+                if other is not None and other != first:
+                    raise PromptError(
+                        f"process {i} was given other prompts or parameters than process 0; give the same on all, or None there"
+                    )
+            return first
+
+        return self._calls.exchange(mine, decide)
 
     def _prompt_ids(self, prompts) -> tuple[bool, list[list[int]]]:
         self._running()

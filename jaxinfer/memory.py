@@ -26,6 +26,7 @@ from jaxinfer.models.decoder import parameters
 from jaxinfer.placement import InMemory, Plan, Readable, _Placer
 from pallas_kernels.layer_cache import INT8, cache_dtype
 from pallas_kernels.qtensor import QTensor
+from sharding.distributed import channel, spans_processes
 from sharding.partition import Units
 
 LARGEST_AUTO = {"cpu": 32}  # sequences in a micro-batch that "auto" takes at most; a CPU's cores are busy with fewer
@@ -301,7 +302,10 @@ def plan_memory(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, config:
     """
     dtype, tokens, stages = cache_dtype(config.cache_dtype), config.inference_max_tokens, plan.context.stages
     weights, work = weight_bytes(tensors, mesh, plan), _work(tensors, mesh, plan, config.cache_dtype)
-    free, one = free_bytes(mesh), state_bytes(plan, dtype, batch=1, tokens=tokens)
+    free = free_bytes(mesh)
+    if spans_processes(mesh):  # what is chosen from it must be the same everywhere
+        free = channel("free memory").exchange(free, min)
+    one = state_bytes(plan, dtype, batch=1, tokens=tokens)
 
     def of(batch: int) -> MemoryPlan:
         reported = config.max_logprobs

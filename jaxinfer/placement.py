@@ -34,7 +34,9 @@ from jaxinfer.models.decoder import (
 )
 from pallas_kernels import qtensor
 from pallas_kernels.qtensor import QTensor
+from sharding.balance import partition
 from sharding.context import ParallelContext
+from sharding.costs import LayerShape
 from sharding.errors import MeshError
 from sharding.mesh import check_mesh
 from sharding.partition import HeadSplit, Units, gather, split_even, split_heads
@@ -108,8 +110,26 @@ class Plan:
         return sum(self.counts[:stage]) + slot if slot < self.counts[stage] else None
 
 
+BALANCED_FOR = (8, 8192)  # sequences and cached tokens of the decode step for which stages are made alike
+
+
+def layer_shapes(config: ModelConfig) -> list[LayerShape]:
+    """What every layer costs is counted from these."""
+    a, windows = config.attention, config.windows or (None,) * config.layers
+    shape = LayerShape(
+        embed=config.embed,
+        heads=a.heads,
+        kv_heads=a.kv_heads,
+        head_dim=a.head_dim,
+        width=config.mlp.width,
+        gated=config.mlp.gated,
+    )
+    return [dataclasses.replace(shape, window=window) for window in windows]
+
+
 def make_plan(config: ModelConfig, mesh: Mesh) -> Plan:
-    """Layers in order over the stages, as evenly as they go, the longer stages first.
+    """Layers in order over the stages: as few slots as can be, which every stage has; then the shortest longest stage, by the bytes that a
+    decode step moves; what is equal goes to earlier stages.
 
     Raises MeshError for a mesh with other axes, and for more stages than layers.
     """
@@ -117,12 +137,14 @@ def make_plan(config: ModelConfig, mesh: Mesh) -> Plan:
     stages = mesh.shape[STAGE]
     if stages > config.layers:
         raise MeshError(f"{stages} pipeline stages for {config.layers} layers; use at most one stage a layer")
-    base, extra = divmod(config.layers, stages)
+    batch, context = BALANCED_FOR
+    context = min(context, config.max_positions)
+    costs = [shape.decode(batch=batch, context=context).moved for shape in layer_shapes(config)]
     tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
     a = config.attention
     return Plan(
         config=config,
-        counts=tuple(base + (s < extra) for s in range(stages)),
+        counts=partition(costs, stages, most=-(-config.layers // stages)).counts,
         heads=split_heads(a.heads, a.kv_heads, tensor),
         context=ParallelContext.from_mesh(mesh),
     )

@@ -74,6 +74,7 @@ class Ticket:
     deliver: Callable[[Delta | BaseException], None]
     every: int | None = None
     cancelled: bool = False
+    number: int = -1  # among all that were submitted
 
     def give(self, item: Delta | BaseException) -> None:
         """Deliver; a receiver that has gone away cancels its request."""
@@ -84,14 +85,25 @@ class Ticket:
 
 
 class Scheduler:
-    """First come, first served, in as many slots as the device has."""
+    """First come, first served, in as many slots as the device has.
 
-    def __init__(self, device: Device, *, name: str = "jaxinfer"):
-        self._device, self._name = device, name
+    agree: where several processes run one device together, each with a scheduler that gets the same requests in the same order: what
+    process 0 says, given what each says. The device's turns are the same everywhere then: a request takes part once it has come on
+    process 0, and is cancelled when it is there.
+    """
+
+    def __init__(self, device: Device, *, name: str = "jaxinfer", agree: Callable[[Any], Any] | None = None):
+        self._device, self._name, self._agree = device, name, agree
+        self._submitted = 0
+        self._known, self._gone = (
+            0,
+            frozenset[int](),
+        )  # of the turn, where it is agreed on: tickets that have come, and that are cancelled
         self._queue: collections.deque[Ticket] = collections.deque()
         self._running: dict[Slot, Ticket] = {}
         self._lock = threading.Lock()  # of what is below; never held while the device works
         self._resumed = threading.Condition(self._lock)
+        self._idle = threading.Condition(self._lock)
         self._turn = threading.Lock()  # held while the device works
         self._pauses = 0  # who waits for the turn from outside; a lock alone would go back to the thread that just let it go
         self._thread: threading.Thread | None = None
@@ -102,7 +114,10 @@ class Scheduler:
         with self._lock:
             if self._closed is not None:
                 raise EngineStateError(self._closed)
+            for ticket in tickets:
+                ticket.number, self._submitted = self._submitted, self._submitted + 1
             self._queue.extend(tickets)
+            self._resumed.notify_all()
             if self._thread is None and self._queue:
                 self._thread = threading.Thread(target=self._work, name=self._name)
                 self._thread.start()
@@ -114,8 +129,10 @@ class Scheduler:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """While inside, the device does nothing for requests; they go on afterwards."""
+        """While inside, the device does nothing for requests; they go on afterwards. With others: once all that have come are done."""
         with self._lock:
+            if self._agree is not None:
+                self._idle.wait_for(lambda: not self._queue and not self._running)
             self._pauses += 1
         try:
             with self._turn:
@@ -146,6 +163,7 @@ class Scheduler:
                 self._resumed.wait_for(lambda: not self._pauses)
                 if not self._queue and not self._running:
                     self._thread = None
+                    self._idle.notify_all()
                     return
                 closed = self._closed
             if closed is None and not threading.main_thread().is_alive():
@@ -160,7 +178,8 @@ class Scheduler:
     def _step(self) -> None:
         """One turn of the device: who was cancelled leaves, who waits enters, all decode."""
         try:
-            for slot in [s for s, ticket in self._running.items() if ticket.cancelled]:
+            self._agree_on_turn()
+            for slot in [s for s, ticket in self._running.items() if self._left(ticket)]:
                 self._leave(slot)
             self._admit()
             if self._running:
@@ -188,10 +207,25 @@ class Scheduler:
             self._running |= entering
             self._push(emitted)
 
+    def _agree_on_turn(self) -> None:
+        """Find out which tickets take part, and wait until they have come here too."""
+        if self._agree is None:
+            return
+        with self._lock:
+            mine = self._submitted, [t.number for t in (*self._queue, *self._running.values()) if t.cancelled]
+        self._known, gone = self._agree(mine)
+        self._gone = frozenset(gone)
+        with self._lock:
+            self._resumed.wait_for(lambda: self._submitted >= self._known)
+
+    def _left(self, ticket: Ticket) -> bool:
+        """Whether a ticket is cancelled as far as the device goes."""
+        return ticket.cancelled if self._agree is None else ticket.number in self._gone
+
     def _waiting(self) -> list[Ticket]:
         with self._lock:
-            self._queue = collections.deque(t for t in self._queue if not t.cancelled)
-            return list(self._queue)
+            self._queue = collections.deque(t for t in self._queue if not self._left(t))
+            return [t for t in self._queue if self._agree is None or t.number < self._known]
 
     def _take(self, count: int) -> list[Ticket]:
         with self._lock:
@@ -207,7 +241,7 @@ class Scheduler:
     def _push(self, emitted: Mapping[Slot, Emission]) -> None:
         for slot, emission in emitted.items():
             ticket = self._running[slot]
-            if not emission.tokens or ticket.cancelled:
+            if not emission.tokens or self._left(ticket):
                 continue
             try:
                 delta = ticket.request.push(emission.tokens, emission.logprobs)

@@ -22,6 +22,7 @@ from jaxinfer.requests import Request, token_logprobs
 from jaxinfer.sampling import NumberedProcessors, Processors, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Emission
+from sharding.distributed import fetch
 
 SMALLEST_BUCKET = 16  # tokens of a prompt
 SMALLEST_CACHE = 128  # tokens of a cache row
@@ -75,7 +76,7 @@ class Slots:
         self.processors = Processors(plan.config.vocab)
         self.state: State | None = None
         self.batch, self.tokens = 0, 0  # sequences per micro-batch and data shard; tokens of each
-        self._sharded = data * plan.context.stages > 1 or bool(plan.context.tensor)
+        self.runs_collectives = data * plan.context.stages > 1 or bool(plan.context.tensor)
 
     @property
     def capacity(self) -> int:
@@ -188,7 +189,7 @@ class Slots:
 
     def _run(self, program: Callable, *arguments):
         with explained(self.memory):
-            if not self._sharded:
+            if not self.runs_collectives:
                 return program(*arguments)
             with COLLECTIVES:
                 return jax.block_until_ready(program(*arguments))
@@ -196,7 +197,7 @@ class Slots:
     def _get(self, tree):
         """What a program gave, on the host."""
         with explained(self.memory):
-            return jax.device_get(tree)
+            return fetch(tree)
 
 
 def padded(prompts: Mapping[int, Sequence[int]], rows: int, width: Callable[[int], int]) -> tuple[np.ndarray, np.ndarray]:

@@ -15,13 +15,15 @@ from sharding.rules import DATA, STAGE, TENSOR_AXES
 class ParallelContext:
     """Names of the mesh axes that are larger than 1, as seen inside shard_map. An axis of size 1 emits no collective.
 
-    tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. data: the batch axis or None.
+    tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. data: the batch axis or None. int8_hosts:
+    partial sums cross hosts as INT8 (`collectives.all_reduce_int8`), where tensor shards lie on several.
     """
 
     tensor: tuple[str, ...] = ()
     stage: str | None = None
     stages: int = 1
     data: str | None = None
+    int8_hosts: bool = False
 
     @classmethod
     def from_mesh(cls, mesh: Mesh) -> "ParallelContext":
@@ -40,7 +42,10 @@ class ParallelContext:
         return collectives.enter(x, self.tensor) if self.tensor and x is not None else x
 
     def leave(self, x):
-        """The sum of partial results over the tensor shards."""
+        """The sum of partial results over the tensor shards; in layers where they lie on several hosts."""
+        if len(self.tensor) > 1:
+            hosts, local = self.tensor
+            return collectives.leave_hosts(x, hosts, local, self.int8_hosts)
         return collectives.leave(x, self.tensor) if self.tensor else x
 
     def on_first_rank(self, x):

@@ -11,3 +11,7 @@ class MeshError(ShardingError):
 
 class AxisRuleError(ShardingError):
     """Logical axes that collide on one mesh axis, or an axis without a rule."""
+
+
+class LaunchError(ShardingError):
+    """Processes that cannot be started together: a host, port or name that does not work, or a wrong number of them."""

@@ -12,6 +12,8 @@ from typing import Any
 from jaxinfer.cli.options import SOURCE_HELP, add_engine, add_sampling, engine_config, load_engine, sampling_params, start
 from jaxinfer.cli.output import note, paint, print_fields, print_json, short_name, visible, work
 from jaxinfer.cli.terminal import agrees, line_editing, open_terminal, read_turn
+from jaxinfer.errors import LaunchError
+from sharding.distributed import detect
 
 # What a conversation has no use for: it has one answer a turn, and its prompt is on the screen already.
 WITHOUT = ("n", "best_of", "echo", "prompt_logprobs", "logits_processor")
@@ -52,6 +54,10 @@ stops an answer, Ctrl-D leaves. Where stdin is a pipe, each of its lines is a tu
 
 
 def run(args: argparse.Namespace) -> int:
+    if detect() is not None:
+        raise LaunchError(
+            "a chat is one process with a terminal, and this is one of several; use jaxinfer generate under a launcher"
+        )
     start(args)
     from jaxinfer.cli.session import Session, read_conversation
     from jaxinfer.demo import cache_dir

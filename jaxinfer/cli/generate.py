@@ -11,6 +11,7 @@ from jaxinfer.cli.options import (
     add_engine,
     add_sampling,
     engine_config,
+    is_first_process,
     load_engine,
     sampling_params,
     start,
@@ -64,13 +65,17 @@ def add_parser(commands) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    prompts = _prompts(args)
+    prompts = _prompts(args) if is_first_process() else []
     if args.stream and len(prompts) > 1:
         args.parser.error(f"--stream is for one prompt, there are {len(prompts)}")
     if args.stream and max(args.n or 1, args.best_of or 1) > 1:
         args.parser.error("--stream is for one sample; leave out --n and --best-of")
     start(args)
     from jaxinfer.cli.stats import measure
+    from sharding import distributed
+
+    if distributed.is_one_of_many():
+        prompts = distributed.channel("prompts").from_first(lambda: prompts)
 
     config, params = engine_config(args), sampling_params(args, max_tokens=MAX_TOKENS)
     begin = time.perf_counter()

@@ -5,17 +5,16 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import pytest
-from deviceless import h100_mesh
 from flax import nnx
 from hlo import collectives, copies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
 from jaxinfer.placement import Placed, place
 from jaxinfer.programs import STATE, Programs
+from pallas_kernels.deviceless import no_compilation_cache, topology_mesh
 from pallas_kernels.qtensor import round_to_nearest
-from sharding.collectives import expected_decode
+from sharding.collectives import expected
 from sharding.mesh import make_mesh
 from sharding.rules import MESH_AXES
 
@@ -78,10 +77,7 @@ def large_shapes(*trees) -> set[tuple[int, ...]]:
 
 
 def check(placed: Placed, text: str, state) -> None:
-    plan, shape = placed.plan, placed.mesh.shape
-    tensor = shape["tensor"] * shape["tensor_hosts"]
-    expected = expected_decode(slots=plan.slots, stages=shape["stage"], tensor=tensor, data=shape["data"])
-    assert collectives(text) == expected.by_name()
+    assert collectives(text) == expected(placed.plan.config, placed.mesh).by_name()
     assert copies(text, large_shapes(placed.weights, state.caches, state.history, state.sampling.edits)) == []
 
 
@@ -91,6 +87,13 @@ def check(placed: Placed, text: str, state) -> None:
 )
 def test_on_cpu_devices(stage, tensor, quantized):
     placed = place(decoder(quantized), make_mesh(stage=stage, tensor=tensor))
+    program, state = lowered(placed, batch=2)
+    check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.parametrize(("stage", "hosts", "tensor"), [(1, 2, 4), (2, 2, 2)])
+def test_with_tensor_shards_on_two_hosts(stage, hosts, tensor):
+    placed = place(decoder(False), make_mesh(stage=stage, tensor_hosts=hosts, tensor=tensor))
     program, state = lowered(placed, batch=2)
     check(placed, program.compile().as_text(), state)
 
@@ -124,27 +127,21 @@ def test_what_other_families_have_costs_no_collective_and_no_copy(config, stage,
     check(placed, program.compile().as_text(), state)
 
 
-@pytest.fixture
-def no_compilation_cache():
-    """Programs for devices that are not here can be written to the persistent cache, but not read back."""
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether it is used is looked up once
-    yield
-    jax.config.update("jax_enable_compilation_cache", True)
-    compilation_cache.reset_cache()
-
-
-@pytest.mark.usefixtures("no_compilation_cache")
-@pytest.mark.parametrize(("stage", "tensor"), [(1, 1), (1, 8), (2, 4)])
-def test_for_h100s_without_one(stage, tensor):
-    here = place(decoder(False), make_mesh(stage=stage, tensor=tensor))
-    mesh = h100_mesh((1, stage, 1, tensor), MESH_AXES)
+@pytest.mark.parametrize(
+    ("stage", "hosts", "tensor"),
+    [(1, 1, 1), (1, 1, 8), (2, 1, 4), pytest.param(1, 2, 4, marks=pytest.mark.slow)],
+)
+def test_for_h100s_without_one(stage, hosts, tensor):
+    here = place(decoder(False), make_mesh(stage=stage, tensor_hosts=hosts, tensor=tensor))
+    mesh = topology_mesh("h100", (1, stage, hosts, tensor), MESH_AXES, hosts=hosts)
     there = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)), here.weights
     )
     placed = dataclasses.replace(here, mesh=mesh, weights=there)
     program, state = lowered(placed, batch=2)
-    check(placed, program.compile().as_text(), state)
+    with no_compilation_cache():
+        text = program.compile().as_text()
+    check(placed, text, state)
 
 
 def test_copies_are_seen():

@@ -1,0 +1,187 @@
+"""Compiling for a GPU that is not here: what Pallas, Triton, XLA and ptxas make of a function, without a driver.
+
+Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and CUDA's ptxas and libdevice. Speed, races and numerics it
+cannot tell.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceSharding, use_abstract_mesh
+
+from pallas_kernels.errors import BackendError
+from pallas_kernels.gpus import GPUS, Gpu
+
+_DESCRIPTION = """gpu_device_info {{
+  threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: {shared_per_core} shared_memory_per_block_optin: {gpu.shared}
+  threads_per_core_limit: 2048 core_count: {gpu.processors} fpus_per_core: {fpus}
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  thread_dim_limit_x: 1024 thread_dim_limit_y: 1024 thread_dim_limit_z: 64
+  memory_bandwidth: {bandwidth} l2_cache_size: {gpu.l2} clock_rate_ghz: 1.8 device_memory_size: {gpu.memory}
+  cuda_compute_capability {{ major: {major} minor: {minor} {features} }}
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
+device_description_str: "{gpu.device_kind}"
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """One kernel of a compiled program. spilled: bytes of registers kept in local memory. widest_load: bytes of global memory that one
+    thread reads in its widest instruction. tensor_cores: instruction of theirs that it uses, or ""."""
+
+    name: str
+    registers: int
+    spilled: int
+    shared: int
+    threads: int
+    widest_load: int
+    tensor_cores: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Compiled:
+    """A program for a GPU. text: optimised HLO. kernels: each once. launches: what its thunks start in order, loop bodies once; a kernel by
+    its name, other thunks by their kind."""
+
+    text: str
+    kernels: tuple[Kernel, ...]
+    launches: tuple[str, ...]
+
+
+def topology_mesh(name: str, shape: tuple[int, ...], names: tuple[str, ...], *, hosts: int = 1) -> Mesh:
+    """A mesh of GPUs of one host or several alike, to lower and compile for; nothing can be put on it. name: one of `gpus.GPUS`."""
+    gpu = _gpu(name)
+    count = int(np.prod(shape))
+    major, minor = gpu.capability
+    description = _DESCRIPTION.format(
+        gpu=gpu,
+        bandwidth=int(gpu.bandwidth),
+        shared_per_core=gpu.shared + 1024,
+        fpus=128 if major >= 9 else 64,
+        major=major,
+        minor=minor,
+        features="feature_extension: ACCELERATED_FEATURES" if major >= 9 else "",
+    )
+    topology = topologies.get_topology_desc(
+        platform="cuda", topology_name="", target_config=description, topology=f"1x{hosts}x{count // hosts}"
+    )
+    return Mesh(np.array(topology.devices).reshape(shape), names)
+
+
+def lower_for(name: str, function: Callable[..., Any], *args: Any) -> Any:
+    """`function` lowered for one GPU. args: trees of jax.ShapeDtypeStruct."""
+    gpu = _gpu(name)
+    (device,) = topology_mesh(name, (1,), ("x",)).devices
+    place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device))
+    abstract = AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.processors, platform="gpu")
+    # a function of its own, since jax's cache of traces does not know the abstract device
+    fresh = jax.jit(lambda *a: function(*a))
+    with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
+        return fresh.trace(*jax.tree.map(place, args)).lower()
+
+
+def compile_for(name: str, function: Callable[..., Any], *args: Any) -> Compiled:
+    """`function` compiled for one GPU, with what its kernels take. args: trees of jax.ShapeDtypeStruct."""
+    return inspect(lower_for(name, function, *args))
+
+
+def inspect(lowered: Any) -> Compiled:
+    """Compile what was lowered for a GPU, and read what came out."""
+    with tempfile.TemporaryDirectory() as folder, no_compilation_cache():
+        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*ptx.*"})
+        ptx = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
+        thunks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
+    shared = {name: int(size) for name, size in re.findall(r"(\S+) grid: .*shared_memory: (\d+) bytes", thunks)}
+    kernels = tuple(kernel for part in ptx if part.strip() for kernel in _kernels(part, shared))
+    started = re.findall(r"^\s*\d+: (k\w+) *(?:\[[^\]]*\])? *(?:(\S+) grid:)?", thunks, re.M)
+    return Compiled(text=compiled.as_text(), kernels=kernels, launches=tuple(name or kind for kind, name in started))
+
+
+@contextlib.contextmanager
+def no_compilation_cache() -> Iterator[None]:
+    """A program for a device that is not here can be written to the persistent cache, but not read back, and a cached one dumps nothing."""
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # whether it is used is looked up once
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
+
+
+def _gpu(name: str) -> Gpu:
+    if name not in GPUS:
+        raise BackendError(f"GPU {name!r} is not one of {', '.join(GPUS)}")
+    return GPUS[name]
+
+
+@functools.cache
+def ptxas() -> str:
+    """The ptxas of the CUDA toolkit. Raises BackendError where there is none."""
+    found = shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas")
+    if found is None:
+        raise BackendError("ptxas is neither on the PATH nor in /usr/local/cuda/bin; install CUDA's nvcc package")
+    return found
+
+
+_ENTRY = re.compile(
+    r"Compiling entry function '(?P<name>[^']+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
+    re.S,
+)
+
+
+def _kernels(ptx: str, shared: Mapping[str, int]) -> list[Kernel]:
+    target = re.search(r"\.target (sm_\w+)", ptx)
+    if target is None:
+        return []
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [ptxas(), "-v", f"--gpu-name={target[1]}", str(source), "-o", f"{folder}/kernel.cubin"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise BackendError(f"ptxas refuses a kernel: {done.stderr[-2000:]}")
+    found = []
+    bodies = dict(re.findall(r"\.entry ([\w$]+)\((.*?)(?=\.entry |\Z)", ptx, re.S))
+    for entry in _ENTRY.finditer(done.stderr + done.stdout):
+        body = bodies.get(entry["name"], "")
+        static = re.search(r"(\d+) bytes smem", entry["rest"])
+        threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", body)
+        found.append(
+            Kernel(
+                name=entry["name"],
+                registers=int(entry["registers"]),
+                spilled=int(entry["stores"]) + int(entry["loads"]),
+                shared=shared.get(entry["name"], 0) + (int(static[1]) if static else 0),
+                threads=int(threads[1]) if threads else 0,
+                widest_load=_widest_load(body),
+                tensor_cores=next(iter(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*", body)), ""),
+            )
+        )
+    return found
+
+
+def _widest_load(body: str) -> int:
+    """Bytes of the widest ld.global or cp.async of a thread."""
+    plain = re.findall(r"ld\.global\S*?(?:\.v(\d))?\.[bfsu](\d+) ", body)
+    copied = re.findall(r"cp\.async\.c[ag]\.shared\.global\S* \[[^\]]*\],? *\[[^\]]*\],? *(?:0x)?([0-9a-f]+)", body)
+    widths = [int(count or 1) * int(bits) // 8 for count, bits in plain] + [int(n, 16) for n in copied]
+    return max(widths, default=0)

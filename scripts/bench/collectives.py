@@ -1,0 +1,191 @@
+"""Sums over two hosts with a slow link between them: flat, in layers, and in layers with INT8 across hosts.
+
+The hosts are two network namespaces of this machine, joined by a veth pair that is limited on both ends, so it needs root (and iproute2).
+Each runs one process with several CPU devices. What crosses the link is counted by the kernel, headers and acknowledgements included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from sharding.errors import LaunchError  # noqa: E402
+
+METHODS = ("flat", "layered", "int8")
+ADDRESSES = ("10.79.0.1", "10.79.0.2")
+PORT = 62300
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mbit", type=int, default=100, help="of the link, in each direction; 0 for no limit")
+    parser.add_argument("--devices", type=int, default=2, help="of each host")
+    parser.add_argument("--kib", type=int, default=2048, help="of float32 that every device adds")
+    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(arguments)
+    if args.worker:
+        return work(args)
+    try:
+        rows = measure(args)
+    except (LaunchError, subprocess.CalledProcessError, FileNotFoundError) as error:
+        print(f"collectives.py: {getattr(error, 'stderr', None) or error}; it needs root, and `ip` and `tc`", file=sys.stderr)
+        return 1
+    if args.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        print(table(rows, args))
+    return 0
+
+
+def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """A row for each method, as process 0 measured it. Raises LaunchError where a process fails."""
+    with two_hosts(args.mbit) as (names, interfaces):
+        options = ["--worker", "--devices", args.devices, "--kib", args.kib, "--repetitions", args.repetitions]
+        children = []
+        for number, (name, interface) in enumerate(zip(names, interfaces, strict=True)):
+            env = os.environ | {
+                "PYTHONPATH": str(ROOT),
+                "JAX_PLATFORMS": "cpu",
+                "JAX_NUM_CPU_DEVICES": str(args.devices),
+                "JAXINFER_PROCESSES": "2",
+                "JAXINFER_PROCESS": str(number),
+                "JAXINFER_COORDINATOR": f"{ADDRESSES[0]}:{PORT}",
+                "JAXINFER_HEARTBEAT": "60",
+                "BENCH_INTERFACE": interface,
+            }
+            command = ["ip", "netns", "exec", name, sys.executable, __file__, *map(str, options)]
+            children.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        outputs = [child.communicate(timeout=300) for child in children]
+        for child, (_, error) in zip(children, outputs, strict=True):
+            if child.returncode:
+                raise LaunchError(f"a process ended with status {child.returncode}: {error[-2000:]}")
+    rows = json.loads(outputs[0][0])
+    for row in rows:
+        row["of_flat_bytes"] = row["link_bytes"] / rows[0]["link_bytes"]
+        row["speed_up"] = rows[0]["seconds"] / row["seconds"]
+        row["link_share"] = row["sent_bytes"] * 8 / row["seconds"] / (args.mbit * 1e6) if args.mbit else None
+    return rows
+
+
+@contextlib.contextmanager
+def two_hosts(mbit: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Two network namespaces that reach each other only: their names, and each one's interface."""
+    names, interfaces = ([f"{kind}{os.getpid()}{end}" for end in "ab"] for kind in ("bench", "v"))
+    run = lambda *words: subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True)
+    try:
+        for name in names:
+            run("ip", "netns", "add", name)
+        run("ip", "link", "add", interfaces[0], "type", "veth", "peer", "name", interfaces[1])
+        for name, interface, address in zip(names, interfaces, ADDRESSES, strict=True):
+            inside = ("ip", "-n", name)
+            run("ip", "link", "set", interface, "netns", name)
+            run(*inside, "addr", "add", f"{address}/24", "dev", interface)
+            run(*inside, "link", "set", interface, "up")
+            run(*inside, "link", "set", "lo", "up")
+            if mbit:
+                limit = ("tbf", "rate", f"{mbit}mbit", "burst", "64k", "latency", "200ms")
+                run("tc", "-n", name, "qdisc", "add", "dev", interface, "root", *limit)
+        yield names, interfaces
+    finally:
+        for name in names:
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
+def work(args: argparse.Namespace) -> int:
+    """In each of the two processes."""
+    from sharding import distributed
+
+    distributed.start()
+    import dataclasses
+
+    import jax
+    import numpy as np
+    from jax.sharding import NamedSharding
+    from jax.sharding import PartitionSpec as P
+
+    from sharding.collectives import leave
+    from sharding.context import ParallelContext
+    from sharding.mesh import make_mesh
+    from sharding.rules import TENSOR_AXES
+
+    count, size = 2 * args.devices, args.kib * 256
+    mesh = make_mesh(tensor_hosts=2, tensor=args.devices)
+    context = ParallelContext.from_mesh(mesh)
+    sums = {
+        "flat": lambda x: leave(x, TENSOR_AXES),
+        "layered": context.leave,
+        "int8": dataclasses.replace(context, int8_hosts=True).leave,
+    }
+    values = np.random.default_rng(7).standard_normal((count, size)).astype(np.float32)
+    x = jax.make_array_from_callback(values.shape, NamedSharding(mesh, P(TENSOR_AXES)), lambda index: values[index])
+    turns, rows = distributed.channel("turns"), []
+    for name in METHODS:
+        run = lambda x, name=name: sums[name](x[0])
+        run = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P(TENSOR_AXES), out_specs=P(), check_vma=False))
+        found = np.asarray(jax.block_until_ready(run(x)).addressable_data(0))
+        seconds, before = [], counters()
+        for _ in range(args.repetitions):
+            turns.exchange()
+            start = time.perf_counter()
+            jax.block_until_ready(run(x))
+            seconds.append(time.perf_counter() - start)
+        turns.exchange()
+        moved = [(b - a) / args.repetitions for a, b in zip(before, counters(), strict=True)]
+        rows.append(
+            {
+                "method": name,
+                "seconds": statistics.median(seconds),
+                "link_bytes": sum(moved),
+                "sent_bytes": moved[1],
+                "largest_error": float(np.abs(found - values.astype(np.float64).sum(0)).max()),
+            }
+        )
+    print(json.dumps(rows))
+    return 0
+
+
+def counters() -> tuple[int, int]:
+    """Bytes that this host's end of the link has received and sent."""
+    for line in Path("/proc/net/dev").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name.strip() == os.environ["BENCH_INTERFACE"]:
+            fields = rest.split()
+            return int(fields[0]), int(fields[8])
+    raise LaunchError(f"there is no interface {os.environ['BENCH_INTERFACE']} here")
+
+
+def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
+    """In Markdown."""
+    link = f"{args.mbit} Mbit/s" if args.mbit else "no limit"
+    lines = [
+        f"Sum of {args.kib} KiB of float32 on each of 2 hosts x {args.devices} CPU devices, {link} between the hosts, median of "
+        f"{args.repetitions}:",
+        "",
+        "| sum | ms | to flat | KiB over the link, both ways | to flat | link used | largest error |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        share = "" if row["link_share"] is None else f"{row['link_share']:.0%}"
+        lines.append(
+            f"| {row['method']} | {row['seconds'] * 1e3:.1f} | {row['speed_up']:.2f}x | {row['link_bytes'] / 1024:.0f} | "
+            f"{row['of_flat_bytes']:.2f}x | {share} | {row['largest_error']:.2g} |"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""One engine on several processes, started by `jaxinfer launch`."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny_llama import PROMPTS, tokens_of
+
+from jaxinfer import SamplingParams
+from jaxinfer.cli import main
+
+ROOT = Path(__file__).parents[2]
+ENV = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}
+
+
+def launch(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "jaxinfer", "launch", *arguments]
+    return subprocess.run(command, env=os.environ | ENV, capture_output=True, text=True, timeout=timeout)
+
+
+def launched(folder: Path, ranks: int, sizes: dict[str, int], **job: Any) -> subprocess.CompletedProcess[str]:
+    config = {"inference_max_tokens": 64, "micro_batch_size": 4, "kernels": "xla", "engine": sizes}
+    job = {"source": str(folder), "config": config, "prompts": PROMPTS[:3], **job}
+    return launch("--nproc", str(ranks), str(Path(__file__).with_name("launched.py")), json.dumps(job))
+
+
+def check(done: subprocess.CompletedProcess[str], engine, ranks: int) -> None:
+    """Every rank has what one process says."""
+    assert done.returncode == 0, done.stderr
+    answers = [json.loads(done.stdout)]
+    answers += [json.loads(line.partition("] ")[2]) for line in done.stderr.splitlines() if re.match(r"\[\d+\] \{", line)]
+    assert len(answers) == ranks and all(answer == answers[0] for answer in answers), done.stderr
+    [answer] = answers[:1]
+    expected = tokens_of(engine.generate(PROMPTS[:3], SamplingParams(max_tokens=8)))
+    assert answer["all"] == answer["first"] == expected
+    assert answer["sampled"] == tokens_of(engine.generate(PROMPTS[:3], SamplingParams(max_tokens=8, temperature=1.0, seed=3)))
+    assert answer["piece"] == expected[1][: len(answer["piece"])] != []
+    assert answer["after"] == expected[0]
+    assert answer["logprob"] == pytest.approx(engine.score(PROMPTS[1]).total_logprob, abs=2e-3)
+    assert "process 1 was given other prompts" in answer["differs"]
+    assert "got None as a prompt" in answer["none"]
+    assert answer["devices"] == [1, ranks]
+
+
+def test_two_processes_say_what_one_does(tiny, engine):
+    check(launched(tiny.folder, 2, {"tensor_parallel_size": 2}), engine, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("ranks", "sizes"),
+    [(4, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}), (2, {"data_parallel_size": 2})],
+    ids=["stages", "copies"],
+)
+def test_more_processes_say_what_one_does(tiny, engine, ranks, sizes):
+    check(launched(tiny.folder, ranks, sizes), engine, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_a_rank_that_goes_in_mid_generation_is_named_and_ends_all(tiny, number):
+    """15 seconds after it all have ended, and the message says which one it was."""
+    sizes = {"tensor_parallel_size": 4}
+    done = launched(tiny.folder, 4, sizes, signal=int(number), victim=2, tokens=40)
+    ended = time.time()
+    assert done.returncode == 128 + number
+    assert re.search(
+        r"rank 2 \(pid \d+ on localhost\) was the first of 4 to fail: (killed by SIGKILL|it was stopped)", done.stderr
+    )
+    [(pid, gone)] = re.findall(r"\[2\] process (\d+) goes at (\S+)", done.stderr)
+    assert ended - float(gone) < 15
+    assert not Path(f"/proc/{pid}").exists()
+
+
+def test_the_command_under_a_launch(tiny):
+    """JSON on stdout and nothing else, once."""
+    options = ["--tp", "2", "--max-tokens", "4", "--max-length", "64", "--kernels", "xla", "--json"]
+    done = launch("--nproc", "2", "-m", "jaxinfer", "generate", str(tiny.folder), "--prompt-ids", "5,6,7", *options)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["results"][0]["token_ids"]) == 4
+
+
+@pytest.mark.slow
+def test_a_mesh_that_leaves_a_process_without_devices(tiny):
+    options = ["--max-tokens", "4", "--prompt-ids", "5,6,7"]
+    done = launch("--nproc", "2", "-m", "jaxinfer", "generate", str(tiny.folder), *options)
+    assert done.returncode == 1 and done.stdout == ""
+    assert "process 1 would have none of them; start 1 processes" in done.stderr
+    assert "was the first of 2 to fail: exit status 1" in done.stderr
+
+
+def test_a_chat_is_one_process(monkeypatch, capsys):
+    for name, value in {"PROCESSES": "2", "PROCESS": "1", "COORDINATOR": "127.0.0.1:5"}.items():
+        monkeypatch.setenv(f"JAXINFER_{name}", value)
+    assert main(["chat", "nowhere"]) == 1 and "a chat is one process" in capsys.readouterr().err

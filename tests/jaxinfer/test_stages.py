@@ -1,0 +1,57 @@
+"""Which layers go where, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import pytest
+from tiny_llama import GREEDY, PROMPTS, tokens_of
+
+import jaxinfer
+from jaxinfer import SamplingParams, errors
+from jaxinfer.loading import open_source
+from jaxinfer.placement import make_plan, place
+from jaxinfer.slots import COLLECTIVES
+from sharding.mesh import make_mesh
+
+
+def test_stage_report(make_engine):
+    engine = make_engine(tp=2, pp=2)
+    report = engine.stage_report(context=10, batch=3)
+    assert (
+        [stage.layers for stage in report.stages] == [(0, 1), (2,)]
+        and report.slots == 2
+        and report.waste == pytest.approx(0.25)
+    )
+    first, second = report.stages
+    assert first.nbytes == 2 * second.nbytes == report.held and first.flops == 2 * second.flops
+    assert report.spread == pytest.approx(1 / 3)
+    assert 2 * report.held == sum(leaf.nbytes for leaf in jax.tree.leaves(engine.params.layers))
+    measured = engine.stage_report(layer_seconds=[1.0, 2.0, 3.0])
+    assert measured.spread == 0 and measured.stages[1].seconds == 3 and "spread 0.0%" in str(measured)
+    assert measured.to_dict()["stages"][0]["layers"] == (0, 1)
+    with pytest.raises(errors.ConfigError, match="2 measured times for 3 layers"):
+        engine.stage_report(layer_seconds=[1.0, 2.0])
+
+
+def test_windows_decide_where_layers_go(tiny):
+    """Equal layers: the earlier stages have more. Where long attention costs more, those layers have fewer neighbours."""
+    config = dataclasses.replace(open_source(tiny.folder).config, layers=5, max_positions=8192)
+    mesh = make_mesh(stage=2)
+    assert make_plan(config, mesh).counts == (3, 2)
+    assert make_plan(dataclasses.replace(config, windows=(None, None, None, 16, 16)), mesh).counts == (2, 3)
+    assert make_plan(dataclasses.replace(config, windows=(16, 16, None, None, None)), mesh).counts == (3, 2)
+
+
+def test_preparing_waits_for_no_turn_of_the_devices(make_engine):
+    """A call that has the turn may wait for what is being prepared."""
+    engine = make_engine(tp=2)
+    with COLLECTIVES:
+        engine.prepare([[1, 2, 3]], SamplingParams(max_tokens=2)).result(timeout=60)
+
+
+def test_tensor_shards_on_two_hosts_say_what_one_device_does(tiny_decoder, greedy):
+    placed = place(tiny_decoder, make_mesh(tensor_hosts=2, tensor=2))
+    engine = jaxinfer.Engine(placed, jaxinfer.EngineConfig(inference_max_tokens=64, micro_batch_size=4, kernels="xla"))
+    assert tokens_of(engine.generate(PROMPTS[:3], GREEDY)) == greedy[:3]

@@ -1,0 +1,134 @@
+"""Sums in layers over hosts: their values, their gradients, what is compiled of them, and what they send."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hlo import collectives
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels.deviceless import no_compilation_cache, topology_mesh
+from sharding.collectives import (
+    BLOCK,
+    all_gather_bytes,
+    all_reduce_bytes,
+    expected_decode,
+    leave,
+    leave_hosts,
+    leave_hosts_bytes,
+    permute_bytes,
+)
+from sharding.context import ParallelContext
+from sharding.mesh import hosts_spanned, make_mesh
+from sharding.rules import TENSOR_AXES
+
+
+def summed(mesh, int8: bool = False):
+    """[shards, ...] -> for each device the sum over shards, [shards, ...]."""
+    ctx = dataclasses.replace(ParallelContext.from_mesh(mesh), int8_hosts=int8)
+    return jax.jit(
+        jax.shard_map(
+            lambda x: ctx.leave(x[0])[None], mesh=mesh, in_specs=P(TENSOR_AXES), out_specs=P(TENSOR_AXES), check_vma=False
+        )
+    )
+
+
+@pytest.mark.parametrize("shape", [(8, 512), (3, 7), (1,)], ids=str)
+def test_the_sum_in_layers_is_the_sum(shape):
+    x = np.random.default_rng(1).standard_normal((8, *shape)).astype(np.float32)
+    found = np.asarray(summed(make_mesh(tensor_hosts=2, tensor=4))(x))
+    assert (found == found[0]).all()  # the same bits everywhere
+    np.testing.assert_allclose(found[0], x.astype(np.float64).sum(0), atol=2e-6)
+
+
+@pytest.mark.parametrize("shape", [(8, 512), (3, 7)], ids=str)
+def test_int8_across_hosts_stays_within_its_bound(shape):
+    """Rounded twice, each time by half of the scale of its block at most; blocks are those of a device's part of the flat sum."""
+    x = np.random.default_rng(2).standard_normal((8, *shape)).astype(np.float32)
+    x[:, 0] *= 100
+    found = np.asarray(summed(make_mesh(tensor_hosts=2, tensor=4), int8=True)(x))
+    assert (found == found[0]).all()
+    flat = x.reshape(2, 4, -1).sum(1, dtype=np.float64)  # of each host
+    part = -(-flat.shape[1] // 4)
+    parts = np.pad(flat, ((0, 0), (0, 4 * part - flat.shape[1]))).reshape(2, 4, part)
+    blocks = np.pad(parts, ((0, 0), (0, 0), (0, -part % (2 * BLOCK)))).reshape(2, 4, -1, BLOCK)
+    largest = np.abs(blocks).max(-1).sum(0) + np.abs(blocks.sum(0)).max(-1) * (1 + 1 / 127)
+    error = np.abs(np.pad(found[0].reshape(-1) - flat.sum(0), (0, 4 * part - flat.shape[1]))).reshape(4, part)
+    error = np.pad(error, ((0, 0), (0, -part % (2 * BLOCK)))).reshape(4, -1, BLOCK).max(-1)
+    assert (error <= largest / 254 + 1e-4).all() and error.max() > 1e-3
+
+
+def test_the_gradient_is_the_identity():
+    mesh = make_mesh(tensor_hosts=2, tensor=2)
+
+    def loss(x, sum_):
+        return jnp.sum(jnp.sin(sum_(x)))
+
+    def gradient(sum_):
+        run = lambda x: jax.grad(lambda x: loss(x, sum_))(x)
+        return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P(TENSOR_AXES), out_specs=P(TENSOR_AXES), check_vma=False))
+
+    x = np.random.default_rng(3).standard_normal((4, 6)).astype(np.float32)
+    layered = gradient(lambda x: leave_hosts(x, *TENSOR_AXES, False))(x)
+    np.testing.assert_allclose(layered, gradient(lambda x: leave(x, TENSOR_AXES))(x), atol=1e-6)
+    np.testing.assert_allclose(layered, np.broadcast_to(np.cos(x.sum(0)), x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize("int8", [False, True])
+@pytest.mark.parametrize("hosts", [None, 2], ids=["8 CPU devices", "2 x 8 H100"])
+def test_what_is_compiled(hosts, int8):
+    """One of each step; the groups inside are the devices of a host, those across have one device of each."""
+    if hosts is None:
+        mesh, local = make_mesh(tensor_hosts=2, tensor=4), 4
+    else:
+        mesh, local = topology_mesh("h100", (1, 1, 2, 8), ("data", "stage", *TENSOR_AXES), hosts=2), 8
+    shape = jax.ShapeDtypeStruct((2 * local, 16, 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P(TENSOR_AXES)))
+    with no_compilation_cache():
+        text = summed(mesh, int8).lower(shape).compile().as_text()
+    across = {"all-to-all": 1, "all-gather": 2} if int8 else {"all-reduce": 1, "all-gather": 1}
+    assert collectives(text) == {"reduce-scatter": 1, **across}
+    groups = {
+        kind: re.findall(rf" {kind}(?:-start)?\(.*replica_groups=[^{{]*\{{'(\w+)'\}}", text)
+        for kind in ("reduce-scatter", *across)
+    }
+    both = ["tensor_hosts", "tensor"]
+    expected = (
+        {"all-to-all": ["tensor_hosts"], "all-gather": both}
+        if int8
+        else {"all-reduce": ["tensor_hosts"], "all-gather": ["tensor"]}
+    )
+    assert groups == {"reduce-scatter": ["tensor"], **expected}
+
+
+def test_bytes():
+    """2 x 8 devices with 64 Ki numbers in bfloat16: what the compiled programs send, counted by hand."""
+    nbytes = 2 * 65536
+    assert all_reduce_bytes(nbytes, hosts=2, local=8).across == 245760
+    assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2).across == 131072
+    assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2, int8=True).across == 66560
+    assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2).inside == 2 * 7 / 8 * nbytes
+    assert all_reduce_bytes(nbytes, hosts=1, local=8).across == 0 and all_reduce_bytes(nbytes, hosts=8, local=1).inside == 0
+    assert all_gather_bytes(800, shards=8) == 700 and permute_bytes(5) == 5
+
+
+def test_expected():
+    layered = expected_decode(slots=3, stages=2, tensor=4, tensor_hosts=2)
+    assert layered.by_name() == {"all-reduce": 12, "all-gather": 7, "collective-permute": 1, "reduce-scatter": 6}
+    assert expected_decode(slots=3, stages=1, tensor=1, tensor_hosts=2).by_name() == {"all-reduce": 11, "all-gather": 1}
+    quantised = expected_decode(slots=1, stages=1, tensor=2, tensor_hosts=2, int8=True)
+    assert quantised.by_name() == {"all-reduce": 5, "all-gather": 5, "reduce-scatter": 2, "all-to-all": 2}
+
+
+def test_a_mesh_from_the_hosts():
+    assert hosts_spanned([0] * 8 + [1] * 8, 16) == 2
+    assert hosts_spanned([0] * 8 + [1] * 8, 8) == 1
+    assert hosts_spanned([0, 0, 1, 1, 2, 2, 3, 3], 4) == 2
+    assert hosts_spanned([0, 0, 1, 1, 1, 1, 1, 1], 4) == 1  # two and two, then four of one
+    assert hosts_spanned([0, 1, 0, 1], 4) == 1  # not one host after the other
+    assert make_mesh(tensor=8).shape == {"data": 1, "stage": 1, "tensor_hosts": 1, "tensor": 8}
