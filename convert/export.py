@@ -90,10 +90,17 @@ def export(
 
 
 def export_checkpoint(
-    dst: str | Path, form: str, checkpoint: Checkpoint, *, spec: QuantSpec | None = None, progress: Progress | None = None
+    dst: str | Path,
+    form: str,
+    checkpoint: Checkpoint,
+    *,
+    spec: QuantSpec | None = None,
+    tensors: Mapping[str, LazyTensor] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, LazyTensor]:
     """Export an opened checkpoint, its matrices rounded as `spec` says or as they are stored; returns the tensors as written.
 
+    tensors: by canonical name, to write instead of the checkpoint's own, quantised already.
     Raises as `quantized_for` and `export` do, and UnsupportedFormatError for a native checkpoint, which has no names of other systems,
     and for a GGUF file of an architecture whose numbers differ from Hugging Face's.
     """
@@ -108,7 +115,7 @@ def export_checkpoint(
             raise UnsupportedFormatError(
                 f"a GGUF file of a {model_type} is not exported; give the model's safetensors (exported are {', '.join(SAME_IN_GGUF)})"
             )
-    tensors = quantized_for(form, checkpoint.tensors, spec)
+    tensors = quantized_for(form, checkpoint.tensors, spec) if tensors is None else dict(tensors)
     assets = checkpoint.assets
     export(dst, form, config=checkpoint.config, tensors=tensors, assets=assets, metadata=metadata, progress=progress)
     return tensors

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from pallas_kernels.qtensor import ActivationQuant
 AUTO = "auto"
 MATMUL_PRECISIONS = ("highest", "high", "default")
 KERNELS = ("auto", "native", "xla")
-SHORT_FORM = r"(int8|int4|w([48])a(8|16))((?:-g\d+|-asym|-token)*)"  # of a quantisation
+SHORT_FORM = r"(int8|int4|w([48])a(8|16)|(fp8|nf4|mxfp4))((?:-g\d+|-asym|-token|-a8|-a16)*)"  # of a quantisation
+RULE_FORM = f"{SHORT_FORM}|{'|'.join(DTYPES)}"
+WEIGHT_FORMATS = {"int": (8, 4), "fp8": (8,), "nf4": (4,), "mxfp4": (4,)}  # and the bits that they exist in
 MAX_TOP_LOGPROBS = 20  # alternatives that a request may ask for, at most
 
 
@@ -59,9 +61,13 @@ class QuantizationConfig:
     """Round-to-nearest quantisation of every matrix while it is loaded.
 
     enabled: False leaves weights as they are, whatever else is given. weight_bits: 8 or 4. activation_bits: 8 (dynamic) or 16 (left as
-    they are); by default 8 with INT8 weights, 16 with INT4. group_size: inputs per weight scale, 0 for one scale per output channel; by
-    default 0 for INT8, 64 for INT4, which takes 32, 64 or 128. symmetric: False stores a minimum per group (INT4). activation_group_size:
-    inputs per activation scale, 0 for one a token. head_bits: of embedding and head: 8, or 16 to leave them as they are.
+    they are); by default 8 with weights of 8 bits, 16 with 4. group_size: inputs per weight scale, 0 for one scale per output channel;
+    by default 0 for 8 bits, 64 for 4, which take 32, 64 or 128 (mxfp4 has 32). symmetric: False stores a minimum per group (INT4).
+    activation_group_size: inputs per activation scale, 0 for one a token. head_bits: of embedding and head: 8, or 16 to leave them as
+    they are. weight_format: int, fp8 (e4m3, 8 bits), nf4 or mxfp4 (4 bits). skip: patterns of module paths, such as "blocks.0.*" or
+    "*.mlp.down", of matrices that stay as they are. rules: patterns, and for each the short form or the dtype of the matrices that it
+    matches, "embedding" and "head" among them; the first pattern that matches decides, and skip comes before. A pattern that matches
+    nothing is refused.
     """
 
     enabled: bool = True
@@ -71,43 +77,88 @@ class QuantizationConfig:
     symmetric: bool = True
     activation_group_size: int = _option(64, minimum=0)
     head_bits: int = _option(8, enum=(8, 16))
+    weight_format: str = _option("int", enum=tuple(WEIGHT_FORMATS))
+    skip: tuple[str, ...] = _option((), json={"type": "array", "items": {"type": "string", "minLength": 1}})
+    rules: Mapping[str, str] | None = _option(
+        None, json={"type": ["object", "null"], "additionalProperties": {"type": "string", "pattern": f"^({RULE_FORM})$"}}
+    )
 
     def __post_init__(self):
         _check("quantization.", self)
-        if self.weight_bits == 8 and not self.symmetric:
+        bits, form = self.weight_bits, self.weight_format
+        if bits not in WEIGHT_FORMATS[form]:
             raise ConfigError(
-                "quantization.symmetric is False: INT8 weights are symmetric; asymmetric exists for weight_bits 4"
+                f"quantization.weight_format is {form!r}, which has {WEIGHT_FORMATS[form][0]} bits; weight_bits is {bits}"
             )
-        if self.weight_bits == 4 and self.group_size not in (None, 32, 64, 128):
-            raise ConfigError(f"quantization.group_size is {self.group_size!r}; INT4 needs groups of 32, 64 or 128")
+        if not self.symmetric and (bits, form) != (4, "int"):
+            what = "INT8 weights are" if form == "int" else f"{form} weights are"
+            raise ConfigError(f"quantization.symmetric is False: {what} symmetric; asymmetric exists for weight_bits 4")
+        if form == "mxfp4" and self.group_size not in (None, 32):
+            raise ConfigError(f"quantization.group_size is {self.group_size!r}; mxfp4 has groups of 32")
+        if bits == 4 and self.group_size not in (None, 32, 64, 128):
+            raise ConfigError(f"quantization.group_size is {self.group_size!r}; INT4 and NF4 need groups of 32, 64 or 128")
         if self.group_size is not None and self.group_size % 2:
             raise ConfigError(
                 f"quantization.group_size is {self.group_size}; give an even number, or 0 for one scale a channel"
             )
+        object.__setattr__(self, "skip", self._patterns())
+        object.__setattr__(self, "rules", self._checked_rules())
+
+    def _patterns(self) -> tuple[str, ...]:
+        given = self.skip
+        if isinstance(given, str) or not isinstance(given, Sequence) or not all(isinstance(p, str) and p for p in given):
+            raise ConfigError(f'quantization.skip is {given!r}; give a list of patterns such as "blocks.0.*"')
+        return tuple(given)
+
+    def _checked_rules(self) -> dict[str, str] | None:
+        if self.rules is None:
+            return None
+        if not isinstance(self.rules, Mapping):
+            raise ConfigError(f"quantization.rules is {self.rules!r}; give a dict of patterns and short forms")
+        for pattern, form in self.rules.items():
+            if not isinstance(pattern, str) or not pattern or not isinstance(form, str):
+                raise ConfigError(f"quantization.rules has {pattern!r}: {form!r}; give a pattern and a short form or a dtype")
+            if form not in DTYPES:
+                type(self).parse(form)
+        return dict(self.rules) or None
+
+    @property
+    def format(self) -> str:
+        """The format of the weights as `pallas_kernels.qtensor` calls it."""
+        return f"int{self.weight_bits}" if self.weight_format == "int" else self.weight_format
 
     @property
     def group(self) -> int | None:
-        size = self.group_size if self.group_size is not None else (64 if self.weight_bits == 4 else 0)
-        return size or None
+        default = 32 if self.weight_format == "mxfp4" else 64 if self.weight_bits == 4 else 0
+        return (self.group_size if self.group_size is not None else default) or None
 
     @property
     def activation(self) -> ActivationQuant | None:
         bits = self.activation_bits or (8 if self.weight_bits == 8 else 16)
-        return ActivationQuant(group=self.activation_group_size or None) if bits == 8 else None
+        if bits == 16:
+            return None
+        return ActivationQuant(
+            group=self.activation_group_size or None, format="fp8" if self.weight_format == "fp8" else "int8"
+        )
 
     @classmethod
     def parse(cls, spec: str) -> "QuantizationConfig":
-        """From a short form: int8, int4, w8a8, w8a16, w4a16 or w4a8; then -g64 (group of weights), -asym, -token (activation scales)."""
+        """From a short form: int8, int4, fp8, nf4, mxfp4, w8a8, w8a16, w4a16 or w4a8; then -g64 (group of weights), -asym, -token
+        (activation scales), -a8 or -a16 (bits of inputs, where the form does not say them)."""
         m = re.fullmatch(SHORT_FORM, spec)
-        options = m[4].split("-")[1:] if m else []
+        options = m[5].split("-")[1:] if m else []
         groups = [int(o[1:]) for o in options if o[0] == "g"]
-        if not m or len(groups) > 1:
+        inputs = [int(o[1:]) for o in options if o in ("a8", "a16")] + ([int(m[3])] if m and m[3] else [])
+        if not m or len(groups) > 1 or len(inputs) > 1:
             raise ConfigError(
-                f"quantisation {spec!r} is not understood; examples: int8, int4, w8a16, w4a16-g32, w4a16-g64-asym, w8a8-token"
+                f"quantisation {spec!r} is not understood; examples: int8, int4, w8a16, w4a16-g32, w4a16-g64-asym, w8a8-token, "
+                "fp8, fp8-a16, nf4, mxfp4"
             )
+        name = m[4] or "int"
         out = cls(
-            weight_bits=int(m[2] or m[1][3:]),
-            activation_bits=int(m[3]) if m[3] else None,
+            weight_format=name,
+            weight_bits=WEIGHT_FORMATS[name][0] if m[4] else int(m[2] or m[1][3:]),
+            activation_bits=inputs[0] if inputs else None,
             group_size=groups[-1] if groups else None,
             symmetric="asym" not in options,
             activation_group_size=0 if "token" in options else 64,

@@ -45,6 +45,8 @@ def _value(cls: type, field: dataclasses.Field) -> dict[str, Any]:
     """The values of one field, and its default."""
     kinds = typing.get_args(field.type) or (field.type,)
     default = field.default
+    if "json" in field.metadata:
+        return {**field.metadata["json"], "default": list(default) if isinstance(default, tuple) else default}
     if parts := [kind for kind in kinds if kind in PARTS]:
         reference: dict[str, Any] = {"$ref": f"#/$defs/{parts[0].__name__}"}
         if types.NoneType not in kinds:

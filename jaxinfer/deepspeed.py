@@ -224,14 +224,14 @@ KEYS = (
         name="quant.weight.post_init_quant",
         default={},
         same=({},),
-        here="all layers are quantised alike; use quantization, or quantized_initialization",
+        here="layers that differ are named by quantization.rules and quantization.skip; or use quantized_initialization",
     ),
     Key(name="quant.qkv", default={}, section=True, here="the key below"),
     Key(
         name="quant.qkv.enabled",
         default=True,
         same=(True,),
-        here="q, k and v are quantised like all other weights; turn quantization off as a whole",
+        here="to leave them as they are, name them in quantization.skip: *.attention.q, *.attention.k, *.attention.v",
     ),
     Key(
         name="checkpoint",

@@ -38,6 +38,7 @@ def values_of(rule: dict[str, Any]) -> str:
         return "a short form"
     kinds = [rule["type"]] if isinstance(rule["type"], str) else rule["type"]
     names = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`", "null": "`null`"}
+    names |= {"array": "a list of texts", "object": "an object"}
     limits = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "multipleOf": "multiple of"}
     bounds = " ".join(f"{word} {rule[key]}" for key, word in limits.items() if key in rule)
     return ", ".join(f"{names[kind]} {bounds}".strip() if kind in ("integer", "number") else names[kind] for kind in kinds)

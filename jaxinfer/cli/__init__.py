@@ -6,16 +6,26 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxinfer.cli import bench, chat, compile, convert, generate, info, profile, score
+from jaxinfer.cli import bench, chat, compile, convert, generate, info, launch, profile, quantize, score
 from jaxinfer.cli.output import note, paint
 from jaxinfer.errors import EXPECTED
+from sharding import distributed
 
-COMMANDS = (generate, chat, score, convert, compile, info, bench, profile)
+COMMANDS = (generate, chat, score, convert, quantize, compile, info, bench, profile, launch)
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of the signal, as a shell reports it
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and give its exit status: 0, 1 for an expected error, 130 for Ctrl-C. Raises SystemExit(2) for wrong usage."""
+    """Run a command and give its exit status: 0, 1 for an expected error, 130 for Ctrl-C. Raises SystemExit(2) for wrong usage.
+
+    One of several processes ends at once with a status that is not 0: jax would wait for the others.
+    """
+    status = _main(arguments)
+    distributed.leave(status)
+    return status
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     if getattr(sys.stdout, "errors", None) == "strict":  # an encoding that lacks a character must not end the command
         sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
@@ -57,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
   jaxinfer score demo --text "The capital of France is Paris." --tokens
   jaxinfer info demo
   jaxinfer convert model.gguf model-int8 --quantize int8
+  jaxinfer quantize demo demo-int4 --bits 4 --group-size 64 --method gptq --calibration text.txt
   jaxinfer generate --help
 
 exit status: 0 done, 1 an error that is explained in one message, 2 wrong usage, 130 interrupted""",

@@ -77,7 +77,7 @@ def _export(args: argparse.Namespace, quantization, start: float) -> int:
             f"--{'dtype' if args.dtype else 'overwrite'} is for the native form; leave it out with --format {args.format}"
         )
     q = quantization
-    spec = q and QuantSpec(format=f"int{q.weight_bits}", group=q.group, symmetric=q.symmetric, activation=q.activation)
+    spec = q and QuantSpec(format=q.format, group=q.group, symmetric=q.symmetric, activation=q.activation)
     with work(f"exporting {short_name(args.source)}", f"wrote {args.destination}", in_bytes=True) as progress:
         checkpoint = open_checkpoint(resolve(args.source, progress))
         tensors = export_checkpoint(args.destination, args.format, checkpoint, spec=spec, progress=progress)

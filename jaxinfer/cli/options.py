@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
@@ -13,8 +15,8 @@ MATMUL_PRECISIONS = ("highest", "high", "default")
 KERNELS = ("auto", "native", "xla")
 SOURCE_HELP = "a folder, a .gguf file, a converted folder, a hub id, or demo"
 QUANTIZE_HELP = (
-    "quantise matrices while loading: int8, int4, w8a8, w8a16, w4a16 or w4a8 (bits of weights and inputs), "
-    "with -g64 (group), -asym (INT4 with a minimum), -token (one input scale a token)"
+    "quantise matrices while loading: int8, int4, w8a8, w8a16, w4a16 or w4a8 (bits of weights and inputs), fp8, nf4 or mxfp4, "
+    "with -g64 (group), -asym (INT4 with a minimum), -token (one input scale a token), -a8 or -a16 (inputs)"
 )
 
 
@@ -221,6 +223,19 @@ def start(args: argparse.Namespace) -> None:
     if len(dict(biases)) < len(biases):
         args.parser.error("--logit-bias names a token twice; give each once")
     start_jax(args.cpu_devices)
+    from sharding import distributed
+
+    distributed.start()
+    if not is_first_process():
+        sys.stdout = open(os.devnull, "w")  # all have the same results, and process 0 prints them  # noqa: SIM115
+
+
+def is_first_process() -> bool:
+    """Whether this process says what there is to say: alone, or process 0 of those that a launcher has started."""
+    from sharding import distributed
+
+    launch = distributed.detect()
+    return launch is None or launch.process == 0
 
 
 def engine_config(args: argparse.Namespace):

@@ -1,13 +1,37 @@
 """From a dtype and a QuantizationConfig to how each tensor is kept: cast, quantised, or as the checkpoint has it."""
 
 import dataclasses
-from collections.abc import Mapping
+import difflib
+import fnmatch
+from collections.abc import Iterable, Mapping
 
 from convert.load import QuantSpec, as_float, cast, checked, quantized, with_activation
 from convert.readers.base import LazyTensor, dtype_named
 from jaxinfer.config import QuantizationConfig
+from jaxinfer.errors import ConfigError
 from jaxinfer.models.decoder import ParameterInfo
+from jaxinfer.values import DTYPES
 from pallas_kernels.qtensor import ActivationQuant
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kept:
+    """How a tensor is kept. spec: it is quantised so. dtype: else floats of this dtype, None for their own. stored: packed tensors stay
+    packed, and groups of activation scales are made to divide `unit` inputs."""
+
+    spec: QuantSpec | None = None
+    dtype: str | None = None
+    stored: bool = False
+    unit: int = 1
+
+    def of(self, tensor: LazyTensor) -> LazyTensor:
+        """The tensor in this form; still lazy. Raises QuantizationError where a group does not divide its inputs."""
+        if self.spec is not None:
+            return quantized(as_float(tensor), self.spec)
+        if self.stored:
+            activation = tensor.packed and tensor.packed.activation
+            return with_activation(tensor, _fitted(activation, self.unit)) if activation else checked(tensor)
+        return as_float(tensor) if self.dtype is None else cast(as_float(tensor), dtype_named(self.dtype))
 
 
 def stored_as(
@@ -18,43 +42,74 @@ def stored_as(
     quantization: QuantizationConfig | None,
     head_dim: int,
 ) -> dict[str, LazyTensor]:
-    """Every tensor by module path as it is to be kept; still lazy.
+    """Every tensor by module path as it is to be kept, see `kept`; still lazy."""
+    how = kept(parameters, dtype=dtype, quantization=quantization, head_dim=head_dim)
+    return {path: how[path].of(tensor) for path, tensor in tensors.items()}
 
-    Vectors are float32. Matrices: quantised as `quantization` says; else cast to `dtype`, packed ones decoded; else as they are stored.
-    Groups of activation scales never straddle two heads, so that a mesh that splits heads gives the same numbers.
+
+def kept(
+    parameters: Mapping[str, ParameterInfo], *, dtype: str | None, quantization: QuantizationConfig | None, head_dim: int
+) -> dict[str, Kept]:
+    """How every parameter is kept, by module path.
+
+    Vectors are float32. Matrices: quantised as `quantization` and its rules say; else cast to `dtype`, packed ones decoded; else as they
+    are stored. Groups of activation scales never straddle two heads, so that a mesh that splits heads gives the same numbers.
+    Raises ConfigError for a pattern that matches no matrix.
     """
-    out = {}
-    for path, tensor in tensors.items():
-        axes = parameters[path].axes
-        if len(axes) == 1 or (axes[0] is None and dtype is None):
-            out[path] = cast(as_float(tensor), "float32")
+    out: dict[str, Kept] = {}
+    matrices = [path for path, info in parameters.items() if len(info.axes) > 1 and info.axes[0] is not None]
+    by_rule = {} if quantization is None or not quantization.enabled else matched(matrices, quantization)
+    for path, info in parameters.items():
+        unit = head_dim if info.axes[-1] == "heads" else info.shape[-1]
+        if len(info.axes) == 1 or (info.axes[0] is None and dtype is None):
+            out[path] = Kept(dtype="float32")
         elif quantization is not None and quantization.enabled:
-            out[path] = _quantized(path, tensor, axes, quantization, head_dim)
-        elif dtype is not None:
-            out[path] = cast(as_float(tensor), dtype_named(dtype))
+            # learned positions are a table that is read, not multiplied
+            rule = by_rule[path] if path in by_rule else None if info.axes[0] is None else _by_default(info, quantization)
+            if isinstance(rule, QuantizationConfig):
+                out[path] = Kept(spec=spec_of(rule, unit))
+            else:
+                out[path] = Kept(dtype=rule or dtype)
         else:
-            out[path] = _kept(tensor, axes, head_dim)
+            out[path] = Kept(dtype=dtype, stored=dtype is None, unit=unit)
     return out
 
 
-def _kept(tensor: LazyTensor, axes: tuple[str | None, ...], head_dim: int) -> LazyTensor:
-    activation = tensor.packed and tensor.packed.activation
-    if not activation:
-        return checked(tensor)
-    return with_activation(tensor, _fitted(activation, head_dim if axes[-1] == "heads" else tensor.shape[-1]))
+def matched(matrices: Iterable[str], quantization: QuantizationConfig) -> dict[str, QuantizationConfig | str | None]:
+    """For each matrix that a pattern matches what it says: a quantisation, a dtype, or None for the floats that it has.
+
+    Raises ConfigError for a pattern that matches none.
+    """
+    matrices = list(matrices)
+    rules: list[tuple[str, str | None]] = [(pattern, None) for pattern in quantization.skip]
+    rules += list((quantization.rules or {}).items())
+    out: dict[str, QuantizationConfig | str | None] = {}
+    for pattern, form in rules:
+        found = fnmatch.filter(matrices, pattern)
+        if not found:
+            near = difflib.get_close_matches(pattern, matrices, 1, cutoff=0)
+            known = f"; matrices are named like {near[0]!r}" if near else ""
+            raise ConfigError(f"the pattern {pattern!r} of the quantisation matches no matrix{known}")
+        value = form if form is None or form in DTYPES else QuantizationConfig.parse(form)
+        out |= {path: value for path in found if path not in out}
+    return out
 
 
-def _quantized(path: str, tensor: LazyTensor, axes: tuple[str | None, ...], q: QuantizationConfig, head_dim: int) -> LazyTensor:
-    if axes[0] is None:  # learned positions: a table that is read, not multiplied
-        return as_float(tensor)
-    inputs = tensor.shape[-1]
-    activation = q.activation and _fitted(q.activation, head_dim if axes[-1] == "heads" else inputs)
-    if axes[0] == "vocab":
-        if q.head_bits == 16:
-            return as_float(tensor)
-        return quantized(as_float(tensor), QuantSpec(format="int8", group=None, symmetric=True, activation=activation))
-    spec = QuantSpec(format=f"int{q.weight_bits}", group=q.group, symmetric=q.symmetric, activation=activation)
-    return quantized(as_float(tensor), spec)
+def _by_default(info: ParameterInfo, q: QuantizationConfig) -> QuantizationConfig | None:
+    """What a matrix without a rule is. Embedding and head are INT8, a scale per channel, with the inputs of the others."""
+    if info.axes[0] != "vocab":
+        return q
+    return None if q.head_bits == 16 else QuantizationConfig(activation_bits=16) if q.activation is None else _head_of(q)
+
+
+def _head_of(q: QuantizationConfig) -> QuantizationConfig:
+    return QuantizationConfig(activation_bits=8, activation_group_size=q.activation_group_size)
+
+
+def spec_of(q: QuantizationConfig, unit: int) -> QuantSpec:
+    """How a matrix without rules is quantised; unit: inputs that no group of activation scales straddles."""
+    activation = q.activation and _fitted(q.activation, unit)
+    return QuantSpec(format=q.format, group=q.group, symmetric=q.symmetric, activation=activation)
 
 
 def _fitted(activation: ActivationQuant, unit: int) -> ActivationQuant:
