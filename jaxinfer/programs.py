@@ -82,7 +82,7 @@ class Program:
         self.met: set[Signature | None] = set()
         self.coming = coming
         self._inputs = recipe.inputs
-        function = _named(recipe.function, name, precision, without=("native",) if kernels == "xla" else ())
+        function = _named(recipe.function, name, precision, without=("native", "pallas") if kernels == "xla" else ())
         sharded = jax.shard_map(function, mesh=mesh, in_specs=recipe.inputs, out_specs=recipe.outputs, check_vma=False)
         self._jitted: Any = jax.jit(sharded, donate_argnums=recipe.donate)
 

@@ -8,7 +8,12 @@ An operation asks for the facts of its arguments to be judged while it is traced
 
 import contextlib
 import dataclasses
+import functools
+import importlib
+import importlib.util
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -90,6 +95,44 @@ def register(
         raise BackendError(f"{op} has an implementation {name!r} already; choose another name, or pass replace=True")
     known[name] = Implementation(op=op, name=name, function=function, supports=supports, priority=priority)
     return known[name]
+
+
+def register_file(
+    op: str, name: str, module: str, *, platform: str = "gpu", priority: int = 30, needs: str | None = None
+) -> Implementation:
+    """Add an implementation that lives in a file of its own, imported when a trace for its platform first asks for it.
+
+    module: such as "pallas_kernels.norm.pallas"; it has the function `<op>` and the predicate `supports_<op>(target, facts)`. Where the
+    file, or what it imports, is not there, the other implementations serve and one RuntimeWarning says so: any such file may be deleted.
+    needs: a package that is optional, whose absence is no cause for a warning.
+    """
+
+    def supports(target: Target, facts: Mapping[str, Any]) -> bool | str:
+        if target.platform != platform:
+            return f"it is made for {platform}, not for {target.platform}"
+        if needs is not None and importlib.util.find_spec(needs) is None:
+            return f"the package {needs} is not installed"
+        loaded = _loaded(module)
+        return f"{module} cannot be imported" if loaded is None else getattr(loaded, f"supports_{op}")(target, facts)
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), op)(*args, **kwargs)
+
+    return register(op, name, function, supports=supports, priority=priority)
+
+
+@functools.cache
+def _loaded(module: str) -> ModuleType | None:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        _warn_of_missing(error.name or module, str(error))
+        return None
+
+
+@functools.cache  # once, however many files import the one that is missing
+def _warn_of_missing(name: str, reason: str) -> None:
+    warnings.warn(f"kernels are left out, other implementations serve: {reason} ({name})", RuntimeWarning, stacklevel=2)
 
 
 def unregister(op: str, name: str) -> None:

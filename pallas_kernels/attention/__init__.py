@@ -5,9 +5,10 @@ import jax
 from pallas_kernels.attention import reference
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
-from pallas_kernels.registry import choose, register
+from pallas_kernels.registry import choose, register, register_file
 
 register("attention", "reference", reference.attention)
+register_file("attention", "pallas", "pallas_kernels.attention.pallas")
 
 
 def attention(
@@ -45,6 +46,7 @@ def attention(
         "attention",
         implementation,
         shape=q.shape,
+        kv_heads=kv_heads,
         tokens=cache.tokens,
         cache_dtype=str(cache.k.dtype),
         soft_cap=soft_cap,

@@ -11,7 +11,7 @@ from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import KINDS
-from pallas_kernels.registry import choose, register
+from pallas_kernels.registry import choose, register, register_file
 
 register("attention_block", "reference", reference.attention_block)
 register(
@@ -21,6 +21,7 @@ register(
     supports=native.supports_attention_block,
     priority=native.PRIORITY,
 )
+register_file("attention_block", "pallas", "pallas_kernels.attention_block.pallas")
 
 
 _FIELDS = ("norm", "norm_bias", "qkv", "qkv_bias", "q_norm", "k_norm", "out", "out_bias")

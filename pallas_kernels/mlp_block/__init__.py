@@ -10,10 +10,11 @@ from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.mlp_block import reference
 from pallas_kernels.norm import KINDS
-from pallas_kernels.registry import choose, register
+from pallas_kernels.registry import choose, register, register_file
 
 register("mlp_block", "reference", reference.mlp_block)
 register("mlp_block", "native", native.mlp_block, supports=native.supports_mlp_block, priority=native.PRIORITY)
+register_file("mlp_block", "pallas", "pallas_kernels.mlp_block.pallas")
 
 
 _FIELDS = ("norm", "norm_bias", "up", "up_bias", "down", "down_bias")

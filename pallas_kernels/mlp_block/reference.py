@@ -1,20 +1,11 @@
 """`mlp_block` as the composition of the small operations: its meaning, and the path of a device without a fused kernel."""
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.activation.reference import ACTIVATIONS
 from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul import quant_matmul
-
-ACTIVATIONS: dict[str, Callable] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
-    "relu": jax.nn.relu,
-}
 
 
 def mlp_block(x, weights, *, spec, residual, max_over_shards):

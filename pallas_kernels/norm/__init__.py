@@ -5,12 +5,18 @@ import jax.numpy as jnp
 
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.norm import reference
-from pallas_kernels.registry import choose, register
+from pallas_kernels.norm.output import NormOutput
+from pallas_kernels.qtensor import ActivationQuant
+from pallas_kernels.registry import choose, register, register_file
 
 register("rms_norm", "reference", reference.rms_norm)
 register("layer_norm", "reference", reference.layer_norm)
+register("fused_norm", "reference", reference.fused_norm)
+for _op in ("rms_norm", "layer_norm", "fused_norm"):
+    register_file(_op, "pallas", "pallas_kernels.norm.pallas")
 
 KINDS = ("rms", "rms_offset", "layer")
+ACTIVATIONS = tuple(reference.ACTIVATIONS)
 
 
 def norm(x, scale, bias=None, *, kind: str, eps: float, implementation: str | None = None) -> jax.Array:
@@ -54,6 +60,51 @@ def layer_norm(x, scale, bias, *, eps: float, out_dtype=None, implementation: st
     _check("layer_norm", x, scale=scale, bias=bias)
     run = choose("layer_norm", implementation, shape=x.shape, dtype=x.dtype)
     return run.function(x, scale, bias, eps=eps, out_dtype=jnp.dtype(out_dtype or x.dtype))
+
+
+def fused_norm(
+    x,
+    scale,
+    bias=None,
+    *,
+    kind: str,
+    eps: float,
+    residual=None,
+    activation: str | None = None,
+    quant: ActivationQuant | None = None,
+    out_dtype=None,
+    implementation: str | None = None,
+) -> NormOutput:
+    """A norm with what stands before and after it, in one pass over memory.
+
+        t = x + residual            y = activation(norm(t))            levels, scales = quantize_activations(y)
+
+    x: float [..., D]. scale, bias, kind, eps: see `norm`; a layer norm takes None for either. residual: float [..., D] or None.
+    activation: one of `ACTIVATIONS`, or None. quant: makes y INT8 or FP8 levels with scales per token or per group of D; the sum before
+    it is not rounded. out_dtype: of y where it is not quantised, x's by default. float32 inside; t is returned in the wider of the two
+    dtypes. Differentiable. Raises ShapeError. Source: see `rms_norm`, `layer_norm` and `quantize_activations`.
+    """
+    if kind not in KINDS:
+        raise ShapeError(f"fused_norm: kind {kind!r} is not one of {KINDS}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ShapeError(f"fused_norm: activation {activation!r} is not one of {ACTIVATIONS}")
+    if kind != "layer" and (scale is None or bias is not None):
+        raise ShapeError(f"fused_norm: kind {kind!r} has a scale and no bias")
+    _check("fused_norm", x, scale=scale, bias=bias)
+    if residual is not None and residual.shape != x.shape:
+        raise ShapeError(f"fused_norm: residual must be {list(x.shape)} as x, got {list(residual.shape)}")
+    run = choose("fused_norm", implementation, shape=x.shape, dtype=x.dtype, quant=quant)
+    return run.function(
+        x,
+        scale,
+        bias,
+        kind=kind,
+        eps=eps,
+        residual=residual,
+        activation=activation,
+        quant=quant,
+        out_dtype=jnp.dtype(out_dtype or x.dtype),
+    )
 
 
 def _check(op: str, x, **vectors) -> None:

@@ -9,11 +9,14 @@ from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul import reference, xla
-from pallas_kernels.registry import choose, register
+from pallas_kernels.registry import choose, register, register_file
 
 register("quant_matmul", "reference", reference.quant_matmul)
 register("quant_matmul", "xla", xla.quant_matmul, supports=xla.supports, priority=10)
 register("quant_matmul", "native", native.quant_matmul, supports=native.supports_quant_matmul, priority=native.PRIORITY)
+register_file("quant_matmul", "pallas", "pallas_kernels.quant_matmul.pallas")
+_TRITON = "pallas_kernels.quant_matmul.jax_triton"
+register_file("quant_matmul", "jax_triton", _TRITON, priority=20, needs="jax_triton")
 
 
 def quant_matmul(

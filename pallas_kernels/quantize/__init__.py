@@ -1,16 +1,19 @@
-"""Quantisation of activations, done anew for each token."""
+"""Quantisation of activations, done anew for each token, and of weights, done once."""
 
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.errors import ShapeError
-from pallas_kernels.qtensor import ActivationQuant
+from pallas_kernels.errors import QuantizationError, ShapeError
+from pallas_kernels.qtensor import ActivationQuant, QTensor, check_format, default_scale_dtype, divisors
 from pallas_kernels.quantize import reference
-from pallas_kernels.registry import choose, register
+from pallas_kernels.registry import choose, register, register_file
 
 register("quantize_activations", "reference", reference.quantize_activations)
+register("quantize_weights", "reference", reference.quantize_weights)
+for _op in ("quantize_activations", "quantize_weights"):
+    register_file(_op, "pallas", "pallas_kernels.quantize.pallas")
 
 
 def quantize_activations(
@@ -35,10 +38,41 @@ def quantize_activations(
     """
     if x.ndim < 1 or x.shape[-1] < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(f"quantize_activations: x must be a float array [..., I] with I >= 1, got {x.dtype}{list(x.shape)}")
-    run = choose("quantize_activations", implementation, shape=x.shape, dtype=x.dtype, group=quant.group, format=quant.format)
+    run = choose(
+        "quantize_activations",
+        implementation,
+        shape=x.shape,
+        dtype=x.dtype,
+        group=quant.group,
+        format=quant.format,
+        over_shards=max_over_shards is not None,
+    )
     return run.function(x, quant, max_over_shards)
 
 
 def dequantize_activations(levels, scales, quant: ActivationQuant) -> jax.Array:
     """Inverse of `quantize_activations` up to rounding: levels [..., I] and float32 [..., groups] -> float32 [..., I]."""
     return reference.dequantize_activations(levels, scales, quant)
+
+
+def quantize_weights(
+    w,
+    *,
+    format: str,
+    group: int | None = None,
+    symmetric: bool = True,
+    scale_dtype=None,
+    implementation: str | None = None,
+) -> QTensor:
+    """`qtensor.round_to_nearest` on the device, in one read of the weight: channels or groups, nibbles packed.
+
+    w: finite float array [..., O, I]. Other arguments: see `round_to_nearest`. Raises QuantizationError, ShapeError.
+    """
+    if w.ndim < 2 or not jnp.issubdtype(w.dtype, jnp.floating):
+        raise ShapeError(f"quantize_weights: w must be a float array [..., O, I], got {w.dtype}{list(w.shape)}")
+    check_format(format, group, symmetric)
+    if group is not None and w.shape[-1] % group:
+        raise QuantizationError(f"group {group} does not divide {w.shape[-1]} inputs; choose one of {divisors(w.shape[-1])}")
+    scale_dtype = jnp.dtype(scale_dtype or default_scale_dtype(format))
+    run = choose("quantize_weights", implementation, shape=w.shape, format=format, group=group)
+    return run.function(w, format=format, group=group, symmetric=symmetric, scale_dtype=scale_dtype)

@@ -1,8 +1,9 @@
-"""Dynamic symmetric quantisation of activations in plain jnp: the meaning of the operation."""
+"""Quantisation in plain jnp: the meaning of the operations."""
 
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.qtensor import round_to_nearest
 from pallas_kernels.value_formats import FP8_MAX
 
 
@@ -24,6 +25,10 @@ def quantize_activations(x, quant, max_over_shards):
     else:
         levels = jnp.clip(jnp.rint(levels), -top, top).astype(jnp.int8)
     return levels.reshape(*x.shape[:-1], groups * size)[..., :inputs], scales[..., 0]
+
+
+def quantize_weights(w, *, format, group, symmetric, scale_dtype):
+    return round_to_nearest(jnp.asarray(w), format=format, group=group, symmetric=symmetric, scale_dtype=scale_dtype)
 
 
 def dequantize_activations(levels, scales, quant):

@@ -4,34 +4,48 @@ import jax
 
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
-from pallas_kernels.registry import choose, register
+from pallas_kernels.registry import choose, register, register_file
 from pallas_kernels.rope_cache import reference
 
 register("rope", "reference", reference.rope)
 register("rope_cache", "reference", reference.rope_cache)
+for _op in ("rope", "rope_cache"):
+    register_file(_op, "pallas", "pallas_kernels.rope_cache.pallas")
 
 
-def rope(x, cos, sin, *, implementation: str | None = None) -> jax.Array:
-    """Rotate heads in the half-split layout.
+def rope(x, cos, sin, *, interleaved: bool = False, implementation: str | None = None) -> jax.Array:
+    """Rotate heads.
 
         y[i] = x[i] cos[i] - x[i + R/2] sin[i],  y[i + R/2] = x[i + R/2] cos[i] + x[i] sin[i],   i < R/2; x[R:] unchanged
 
-    x: float [B, T, N, H]. cos, sin: float32 [B, T, R/2] with R <= H (partial rotary). Returns float32 [B, T, N, H].
-    Source: Su et al. 2021, arXiv:2104.09864, in the layout of GPT-NeoX and Hugging Face.
+    interleaved: the pairs are x[2i], x[2i + 1] instead. x: float [B, T, N, H]. cos, sin: float32 [B, T, R/2] with R <= H (partial
+    rotary). Returns float32 [B, T, N, H]. Raises ShapeError. Source: Su et al. 2021, arXiv:2104.09864, whose layout is the interleaved
+    one; halves are that of GPT-NeoX and Hugging Face.
     """
     _check_angles("rope", x, cos, sin)
-    return choose("rope", implementation, shape=x.shape).function(x, cos, sin)
+    return choose("rope", implementation, shape=x.shape).function(x, cos, sin, interleaved=interleaved)
 
 
 def rope_cache(
-    q, k, v, cos, sin, cache: LayerCache, *, rows, positions, write=None, implementation: str | None = None
+    q,
+    k,
+    v,
+    cos,
+    sin,
+    cache: LayerCache,
+    *,
+    rows,
+    positions,
+    write=None,
+    interleaved: bool = False,
+    implementation: str | None = None,
 ) -> tuple[jax.Array, LayerCache]:
     """`rope` on q and k, then keys and values written into their rows of the cache.
 
     q: float [B, T, N, H]; k, v: float [B, T, K, H]. cos, sin: see `rope`, or None where nothing is rotated. cache: [R, K, S, H] arrays.
     rows: int32 [B], the cache row of each sequence, or None where the rows are the batch. positions: int32 [B, T], where each token
-    goes. write: bool [B, T]; False drops the write, and so does a position past S; None writes all, which lie within S. Returns the
-    rotated q, float32 [B, T, N, H], and the cache. Raises ShapeError.
+    goes. write: bool [B, T]; False drops the write, and so does a position past S; None writes all, which lie within S.
+    interleaved: see `rope`. Returns the rotated q, float32 [B, T, N, H], and the cache. Raises ShapeError.
     """
     if cos is not None:
         _check_angles("rope_cache", q, cos, sin)
@@ -40,7 +54,7 @@ def rope_cache(
     if rows is None and cache.rows != q.shape[0]:
         raise ShapeError(f"rope_cache: without row ids the cache must have {q.shape[0]} rows, it has {cache.rows}")
     run = choose("rope_cache", implementation, shape=q.shape, cache_dtype=str(cache.k.dtype))
-    return run.function(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write)
+    return run.function(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write, interleaved=interleaved)
 
 
 def _check_angles(op, x, cos, sin):

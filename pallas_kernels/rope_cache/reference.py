@@ -5,18 +5,22 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def rope(x, cos, sin):
+def rope(x, cos, sin, *, interleaved=False):
     half = cos.shape[-1]
     x = x.astype(jnp.float32)
     cos, sin = cos[:, :, None], sin[:, :, None]  # over the heads
+    if interleaved:
+        a, b = x[..., : 2 * half : 2], x[..., 1 : 2 * half : 2]
+        pairs = jnp.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(*x.shape[:-1], 2 * half)
+        return jnp.concatenate([pairs, x[..., 2 * half :]], -1)
     a, b = x[..., :half], x[..., half : 2 * half]
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., 2 * half :]], -1)
 
 
-def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write):
+def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write, interleaved=False):
     if cos is not None:
         heads = q.shape[2]
-        rotated = rope(jnp.concatenate([q, k], 2), cos, sin)  # one pass over both
+        rotated = rope(jnp.concatenate([q, k], 2), cos, sin, interleaved=interleaved)  # one pass over both
         q, k = rotated[:, :, :heads], rotated[:, :, heads:]
     new = cache.encode(k, v)
     if write is None and q.shape[1] == 1:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
-from pallas_kernels.registry import choose, register
+from pallas_kernels.registry import choose, register, register_file
 from pallas_kernels.sampling import edits, reference
 from pallas_kernels.sampling.shards import WHOLE_VOCAB, VocabShards
 
@@ -30,6 +30,8 @@ register("argmax", "reference", reference.argmax)
 register("argmax", "native", native.argmax, supports=native.supports_argmax, priority=native.PRIORITY)
 register("sample", "reference", reference.sample)
 register("sample", "native", native.sample, supports=native.supports_sample, priority=native.PRIORITY)
+for _op in ("argmax", "sample"):
+    register_file(_op, "pallas", "pallas_kernels.sampling.pallas")
 register("log_probs", "reference", reference.log_probs)
 register("top_log_probs", "reference", reference.top_log_probs)
 register("penalize", "reference", edits.penalize)

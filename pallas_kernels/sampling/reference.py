@@ -29,7 +29,7 @@ def sample(logits, *, temperature, top_k, top_p, min_p, seeds, steps, shards):
     def draw():
         z = logits / jnp.where(sampled, temperature, 1)[:, None]
         largest = shards.max(jnp.max(z, -1))
-        least = _kept_from(z, largest, jnp.where(sampled, top_k, 0), jnp.where(sampled, top_p, 1), min_p, shards)
+        least = kept_from(z, largest, jnp.where(sampled, top_k, 0), jnp.where(sampled, top_p, 1), min_p, shards)
         noisy = jnp.where(z < least[:, None], -jnp.inf, z + gumbel(seeds, steps, _ids(z, shards)))
         return jnp.where(sampled[:, None], noisy, logits)
 
@@ -37,7 +37,7 @@ def sample(logits, *, temperature, top_k, top_p, min_p, seeds, steps, shards):
     return argmax(jax.lax.cond(jnp.any(sampled), draw, lambda: logits), shards=shards)
 
 
-def _kept_from(z, largest, top_k, top_p, min_p, shards):
+def kept_from(z, largest, top_k, top_p, min_p, shards):
     """The least logit that may be drawn, float32 [B]: top-k, then top-p of what it leaves, then min-p of the likeliest."""
     keys = _to_keys(z)
     any_key = jnp.zeros(z.shape[:1], jnp.uint32)

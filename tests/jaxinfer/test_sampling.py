@@ -44,7 +44,7 @@ def everything(logits, sampling: SamplingArrays, past: Past, steps):
     """The logits before the temperature, and those that are drawn from: -inf where the threshold of `sample` forbids."""
     edited = edit_logits(logits, sampling, past, steps, WHOLE_VOCAB)
     z = edited / sampling.temperature[:, None]
-    least = reference._kept_from(z, jnp.max(z, -1), sampling.top_k, sampling.top_p, sampling.min_p, WHOLE_VOCAB)
+    least = reference.kept_from(z, jnp.max(z, -1), sampling.top_k, sampling.top_p, sampling.min_p, WHOLE_VOCAB)
     return edited, jnp.where(z < least[:, None], -jnp.inf, z)
 
 

@@ -1,5 +1,7 @@
 """quant_matmul and quantize_activations against float64, each implementation, and its gradients."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,7 +94,8 @@ def test_quantised(rng, implementation, form, activation):
 def test_a_weight_of_several_chunks_that_do_not_divide(rng, form):
     q = make(rng, "odd.over_a_chunk", form)
     x = rng.standard_normal((2, q.shape[1])).astype(np.float32)
-    assert_close(jax.jit(quant_matmul)(jnp.asarray(x), on_device(q)), oracle(x, q), x, q)
+    run = jax.jit(functools.partial(quant_matmul, implementation="xla"))
+    assert_close(run(jnp.asarray(x), on_device(q)), oracle(x, q), x, q)
 
 
 @pytest.mark.parametrize("rows", [1, 33])
@@ -137,7 +140,8 @@ def test_other_layouts_fall_back_to_the_reference(rng, layout):
     q = on_device(round_to_nearest(rng.standard_normal((64, 128)).astype(np.float32), format="int4", group=32))
     x = jnp.asarray(rng.standard_normal((2, 128)), jnp.float32)
     # the same float32 dot of the same weights in another compiled form
-    np.testing.assert_allclose(quant_matmul(x, repack(q, layout)), quant_matmul(x, q), rtol=1e-5, atol=1e-5)
+    want = quant_matmul(x, q, implementation="xla")
+    np.testing.assert_allclose(quant_matmul(x, repack(q, layout)), want, rtol=1e-5, atol=1e-5)
     with pytest.raises(BackendError, match="canonical layout"):
         quant_matmul(x, repack(q, layout), implementation="xla")
 
@@ -148,11 +152,15 @@ def test_groups_that_packing_blocks_cut_fall_back_to_the_reference(rng):
     assert_close(quant_matmul(jnp.asarray(x), on_device(q)), oracle(x, q), x, q)
 
 
-def test_a_gpu_without_a_kernel_takes_the_reference_for_quantised_weights():
+def test_what_a_gpu_takes():
     gpu = Target(platform="gpu", device_kind="NVIDIA A100-SXM4-40GB")
-    facts = {"format": "int8", "group": None, "layout": "canonical"}
-    assert choose("quant_matmul", target=gpu, **facts).name == "reference"
+    weight = {"outputs": 8, "inputs": 64, "group": None, "layout": "canonical", "activation": None, "zeros": None}
+    facts = {**weight, "format": "int8", "rows": 32}
+    assert choose("quant_matmul", target=gpu, **facts).name == "pallas"
+    assert choose("quant_matmul", target=gpu, **{**facts, "format": "nf4", "group": 64}).name == "reference"
+    assert choose("quant_matmul", target=gpu, **{**facts, "format": "bfloat16", "rows": 1}).name == "pallas"
     assert choose("quant_matmul", target=gpu, **{**facts, "format": "bfloat16"}).name == "xla"
+    assert choose("quant_matmul", target=gpu, **{**facts, "format": "float32", "rows": 1}).name == "xla"
     with pytest.raises(BackendError, match="not for gpu"):
         choose("quant_matmul", "xla", gpu, **facts)
 

@@ -85,7 +85,7 @@ def kept_by_sorting(row, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
 def kept(logits, shards=WHOLE_VOCAB, *, temperature, top_k, top_p, min_p):
     """The same through the threshold that `sample` uses."""
     z = logits / temperature[:, None]
-    least = reference._kept_from(z, shards.max(jnp.max(z, -1)), top_k, top_p, min_p, shards)
+    least = reference.kept_from(z, shards.max(jnp.max(z, -1)), top_k, top_p, min_p, shards)
     return (z >= least[:, None]) & (z > -jnp.inf)
 
 

@@ -1,0 +1,95 @@
+"""Bias, activation, gate and rounding as one pass over memory, for NVIDIA GPUs through Pallas and Triton."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.activation import reference
+from pallas_kernels.activation.output import ActivationOutput
+from pallas_kernels.kernel_math import ACTIVATIONS
+from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.quantize.pallas import block, heuristic, scales_refusal, store_levels
+from pallas_kernels.tuning import tile_for
+
+
+def supports_activation(target, facts) -> bool | str:
+    if reason := gpu_refusal(target):
+        return reason
+    if 0 in facts["shape"]:
+        return "there is nothing to do"
+    quant = facts["quant"]
+    if quant is None:
+        return True
+    return scales_refusal(target, facts["shape"][-1] // (2 if facts["gated"] else 1), quant.group, quant.format)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _activation(x, bias, kind, gated, quant, out_dtype):
+    width, lead = x.shape[-1] // (2 if gated else 1), x.shape[:-1]
+    rows = x.size // x.shape[-1]
+    group = 1 if quant is None else quant.group  # without scales a block may end anywhere
+    tile = tile_for("activation", heuristic(width, group), width=width, gated=gated, group=group, dtype=str(x.dtype))
+    given = {"x": x.reshape(rows, -1)} | ({} if bias is None else {"bias": bias})
+    dtype = out_dtype if quant is None else jnp.dtype(jnp.float8_e4m3fn if quant.format == "fp8" else jnp.int8)
+    out = {"y": jax.ShapeDtypeStruct((rows, width), dtype)}
+    if quant is not None:
+        out["scales"] = jax.ShapeDtypeStruct((rows, -(-width // (quant.group or width))), jnp.float32)
+    found = launch(
+        functools.partial(
+            _kernel,
+            names=(*given, *out),
+            tile=tile,
+            rows=rows,
+            width=width,
+            kind=kind,
+            gated=gated,
+            group=quant and quant.group,
+        ),
+        *given.values(),
+        name="activation",
+        out=tuple(out.values()),
+        grid=(-(-rows // tile.rows), -(-width // tile.columns)),
+        warps=tile.warps,
+    )
+    return ActivationOutput(**{name: a.reshape(*lead, a.shape[-1]) for name, a in zip(out, found, strict=True)})
+
+
+def _kernel(*refs, names, tile, rows, width, kind, gated, group):
+    ref = dict(zip(names, refs, strict=True))
+
+    def part(first):
+        places = block(tile, rows, width, first)
+        z = triton.load(ref["x"].at[places.at], mask=places.inside, other=0.0).astype(jnp.float32)
+        if "bias" in ref:
+            kept = pl.program_id(1) * tile.columns + jnp.arange(tile.columns) < width
+            z = z + triton.load(ref["bias"].at[places.at[1]], mask=kept, other=0.0).astype(jnp.float32)[None]
+        return z
+
+    y = ACTIVATIONS[kind](part(0))
+    if gated:
+        y = y * part(width)
+    places = block(tile, rows, width)
+    if "scales" in ref:
+        y = jnp.where(places.inside, y, 0.0)
+        store_levels(y, places, ref["y"], ref["scales"], tile=tile, rows=rows, width=width, group=group)
+    else:
+        triton.store(ref["y"].at[places.at], y.astype(ref["y"].dtype), mask=places.inside)
+
+
+def _forward(x, bias, *static):
+    return _activation(x, bias, *static), (x, bias)
+
+
+def _backward(kind, gated, quant, out_dtype, saved, gradient):
+    run = lambda x, bias: reference.activation(x, bias, kind=kind, gated=gated, quant=quant, out_dtype=out_dtype)
+    return jax.vjp(run, *saved)[1](gradient)
+
+
+_activation.defvjp(_forward, _backward)
+
+
+def activation(x, bias, *, kind, gated, quant, out_dtype):
+    return _activation(x, bias, kind, gated, quant, out_dtype)

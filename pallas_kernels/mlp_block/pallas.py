@@ -1,0 +1,24 @@
+"""`mlp_block` as two kernels: norm, gate, up and activation; then down and residual."""
+
+import jax
+
+from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
+from pallas_kernels.quant_matmul.pallas import supports_fused_matmul
+
+
+def supports_mlp_block(target, facts) -> bool | str:
+    weights = facts["weights"]
+    for part in (weights.up, (weights.down,)):
+        reason = supports_fused_matmul(target, {"shape": facts["shape"], "weights": part})
+        if reason is not True:
+            return reason
+    return True
+
+
+def mlp_block(x, weights, *, spec, residual, max_over_shards):
+    with jax.named_scope("up"):
+        norm = Norm(kind=spec.norm, eps=spec.eps, scale=weights.norm, bias=weights.norm_bias)
+        h = fused_matmul(x, weights.up, biases=weights.up_bias, norm=norm, activation=spec.activation, gated=spec.gated)
+    with jax.named_scope("down"):
+        biases = () if weights.down_bias is None else (weights.down_bias,)
+        return fused_matmul(h, (weights.down,), biases=biases, residual=residual, max_over_shards=max_over_shards)

@@ -1,0 +1,135 @@
+"""A matmul with what stands before and behind it: norm, bias, activation, gate, residual."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activation.reference import ACTIVATIONS
+from pallas_kernels.errors import ShapeError
+from pallas_kernels.norm import KINDS, norm
+from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.registry import choose, register, register_file
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Norm:
+    """What inputs go through first. kind: one of `norm.KINDS`; scale [I], or None for ones in a layer norm; bias [I] or None."""
+
+    kind: str
+    eps: float
+    scale: jax.Array | None
+    bias: jax.Array | None = None
+
+
+_ARRAYS = ("x", "weights", "biases", "scale", "norm_bias", "residual")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=())
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Operands:
+    """The arrays of a call."""
+
+    x: jax.Array
+    weights: tuple
+    biases: tuple
+    scale: jax.Array | None
+    norm_bias: jax.Array | None
+    residual: jax.Array | None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+    """What of a call is fixed when a program is compiled. kind: of the norm, or None."""
+
+    activation: str | None
+    gated: bool
+    kind: str | None
+    eps: float
+    out_dtype: jnp.dtype
+    max_over_shards: Callable | None
+
+
+def fused_matmul(
+    x,
+    weights: tuple,
+    *,
+    biases: tuple = (),
+    norm: Norm | None = None,
+    activation: str | None = None,
+    gated: bool = False,
+    residual=None,
+    out_dtype=jnp.float32,
+    max_over_shards: Callable | None = None,
+    implementation: str | None = None,
+) -> jax.Array:
+    """A linear layer, or the two of a gated one, with its neighbours.
+
+        z = norm(x) @ W.T + b          y = residual + act(z)          or residual + act(z_gate) * z_up where gated
+
+    x: float [..., I]. weights: float arrays or QTensors [O_i, I], whose outputs are joined; gated: the first half of all outputs is the
+    gate. biases: [O_i] each, or () for none. activation: one of `activation.KINDS`, or None for the identity. residual: float [..., O]
+    or None, O being the outputs of y. max_over_shards: see `quant_matmul`. Returns out_dtype [..., O]. Differentiable as
+    `quant_matmul`. Raises ShapeError. Source: Shazeer 2020, arXiv:2002.05202.
+    """
+    if not weights or any(len(w.shape) != 2 or w.shape[1] != x.shape[-1] for w in weights):
+        raise ShapeError(
+            f"fused_matmul: weights must be [O, {x.shape[-1]}] as x {list(x.shape)}, got {[list(w.shape) for w in weights]}"
+        )
+    if biases and [b.shape for b in biases] != [(w.shape[0],) for w in weights]:
+        raise ShapeError(
+            f"fused_matmul: biases must be {[[w.shape[0]] for w in weights]}, one per weight, got {[list(b.shape) for b in biases]}"
+        )
+    if norm is not None and norm.kind not in KINDS:
+        raise ShapeError(f"fused_matmul: norm {norm.kind!r} is not one of {KINDS}")
+    if activation is not None and activation not in ACTIVATIONS:
+        raise ShapeError(f"fused_matmul: activation {activation!r} is not one of {tuple(ACTIVATIONS)}")
+    outputs = sum(w.shape[0] for w in weights)
+    if gated and (outputs % 2 or (len(weights) > 1 and [w.shape[0] for w in weights] != [outputs // 2] * 2)):
+        raise ShapeError(f"fused_matmul: gate and up have as many outputs each, got {[w.shape[0] for w in weights]}")
+    shape = (*x.shape[:-1], outputs // 2 if gated else outputs)
+    if residual is not None and residual.shape != shape:
+        raise ShapeError(f"fused_matmul: residual must be {list(shape)}, got {list(residual.shape)}")
+    call = Call(
+        activation=activation,
+        gated=gated,
+        kind=None if norm is None else norm.kind,
+        eps=0.0 if norm is None else norm.eps,
+        out_dtype=jnp.dtype(out_dtype),
+        max_over_shards=max_over_shards,
+    )
+    operands = Operands(
+        x=x,
+        weights=tuple(weights),
+        biases=tuple(biases),
+        scale=None if norm is None else norm.scale,
+        norm_bias=None if norm is None else norm.bias,
+        residual=residual,
+    )
+    run = choose("fused_matmul", implementation, shape=x.shape, weights=operands.weights)
+    return run.function(operands, call)
+
+
+def compose(operands: Operands, call: Call, implementation: str | None = None) -> jax.Array:
+    """The meaning of `fused_matmul`, from the small operations. implementation: of each of them."""
+    n = operands.x
+    if call.kind is not None:
+        n = norm(n, operands.scale, operands.norm_bias, kind=call.kind, eps=call.eps, implementation=implementation)
+    biases = operands.biases or (None,) * len(operands.weights)
+    run = functools.partial(quant_matmul, n, max_over_shards=call.max_over_shards, implementation=implementation)
+    z = jnp.concatenate([run(w, bias=b) for w, b in zip(operands.weights, biases, strict=True)], -1)
+    act = ACTIVATIONS[call.activation] if call.activation is not None else lambda z: z
+    if call.gated:
+        half = z.shape[-1] // 2
+        y = act(z[..., :half]) * z[..., half:]
+    else:
+        y = act(z)
+    if operands.residual is not None:
+        y = operands.residual.astype(jnp.float32) + y
+    return y.astype(call.out_dtype)
+
+
+register("fused_matmul", "reference", compose)
+register_file("fused_matmul", "pallas", "pallas_kernels.quant_matmul.pallas")

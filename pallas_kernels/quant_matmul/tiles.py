@@ -1,0 +1,122 @@
+"""How the GPU kernel cuts a matmul into programs, and what it takes where nothing was measured.
+
+A program multiplies a tile of the weight [outputs * splits, inputs] with columns made of the rows of x, on tensor cores. At least eight
+columns are paid for in any case, so a few rows of x leave columns free; they are used for what a matmul of one row lacks:
+
+    terms     a float32 x as the sum of two bfloat16, 2^-17 exact
+    groups    inputs of different scales kept apart, so that one product covers several groups
+    splits    further parts of the inputs, so that a weight of few outputs still makes enough programs and warps
+
+Rows of the tile count (split, output), columns (split, term, group, row); what does not belong together is zero or left out of the
+last sum.
+
+Bytes: every byte of the weight is read once per tile of rows of x, 16 at a time, along its inputs (the canonical layout: no repacking).
+Instructions per weight, small M: bfloat16 none beside the tensor core's; int8 1.5 (convert and pack); int4 1.6 (a byte permute, a three-way
+logic operation that makes 128 + nibble in bfloat16, and a subtraction, each for two weights; a shift for four).
+"""
+
+import dataclasses
+
+from pallas_kernels.errors import BackendError
+from pallas_kernels.gpus import Gpu
+from pallas_kernels.kernel_math import power_of_two
+
+SMALL = 16  # rows of x up to which a matmul is bound by reading the weight
+WARPGROUPS = (9, 0)  # Hopper: the first whose tensor cores are given work by four warps together
+_COLUMNS = {16: 64, 8: 32, 4: 16}  # by bits: beyond, tensor cores and not memory would set the pace
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    """rows of x and outputs of a program; inputs of one step; splits of the inputs side by side; all powers of two. warps, stages: of
+    Triton."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    splits: int
+    warps: int
+    stages: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Problem:
+    """rows of x (of one expert), outputs and inputs of the weight; bits of its values; group: inputs that share all scales, or None;
+    terms: bfloat16 per element of x; parts: weights that are multiplied at once; quantised: x is made of levels; normed: x is normed."""
+
+    rows: int
+    outputs: int
+    inputs: int
+    bits: int
+    group: int | None
+    terms: int
+    parts: int
+    quantised: bool
+    normed: bool = False
+
+
+def heuristic(p: Problem, gpu: Gpu) -> Tile:
+    """A tile for the problem on a GPU, with as many stages as its shared memory holds."""
+    tile = _small(p, gpu.processors) if p.rows <= SMALL else _large(p, gpu)
+    while tile.stages > 2 and _shared(tile, p) > gpu.shared:
+        tile = dataclasses.replace(tile, stages=tile.stages - 1)
+    return tile
+
+
+def _shared(tile: Tile, p: Problem) -> int:
+    """About the bytes of shared memory that Triton's pipeline takes: what is loaded in stages, and the columns once more in bfloat16."""
+    groups = 1 if p.group is None else max(1, tile.inputs // p.group)
+    columns = max(8, tile.splits * p.terms * groups * tile.rows)
+    loaded = p.parts * tile.outputs * tile.splits * tile.inputs * p.bits // 8
+    loaded += tile.inputs * columns * (1 if p.quantised else 4) * (2 if p.normed else 1)
+    return (tile.stages - 1) * loaded + tile.inputs * columns * 2
+
+
+def _small(p: Problem, processors: int) -> Tile:
+    rows = power_of_two(p.rows)
+    free = max(1, _COLUMNS[p.bits] // (rows * p.terms))
+    row_bytes = 1024 // p.bits  # inputs in 128 bytes of an output
+    most = 4096 // (rows * p.terms)  # so that a step's columns of x take no more than 16 KiB
+    if p.group is None:
+        inputs = min(max(32, power_of_two(p.inputs)), 2 * row_bytes, most)
+    else:
+        unit = min(p.group, row_bytes)
+        inputs = unit * max(1, min(free, row_bytes // unit))
+        free = max(1, free // (inputs // unit))
+    few = -(-p.outputs // 64) < 4 * processors
+    splits = 2 if few and free >= 2 and p.inputs >= 4 * inputs else 1
+    narrow = splits == 1 and few
+    return Tile(
+        rows=rows,
+        outputs=32 if splits == 2 or narrow else 64,
+        inputs=inputs,
+        splits=splits,
+        warps=2 if narrow else 4,
+        stages=4,
+    )
+
+
+def _large(p: Problem, gpu: Gpu) -> Tile:
+    # sums of two weights and two terms of x are more than Blackwell's copies from its tensor memory leave registers for
+    heavy = gpu.capability >= (10, 0) and p.parts * p.terms > 2
+    rows = 64 if p.rows > 32 and not heavy else 32
+    inputs = 64 if p.group is None else min(p.group, 64)
+    # a scale after each step needs the sums and the step's product in registers at once; where warps multiply by themselves, nibbles
+    # that are being unpacked leave no place for as many sums
+    crowded = (p.quantised and p.group) or (p.bits == 4 and gpu.capability < WARPGROUPS)
+    wide = p.terms == 1 and p.rows > 64 and p.parts == 1 and not crowded
+    return Tile(rows=128 if wide else rows, outputs=128 if p.parts == 1 else 64, inputs=inputs, splits=1, warps=8, stages=3)
+
+
+def check(tile: Tile, p: Problem) -> None:
+    """Raise BackendError for a tile that the kernel cannot run with."""
+    for field in ("rows", "outputs", "inputs", "splits", "warps"):
+        value = getattr(tile, field)
+        if value < 1 or value & (value - 1):
+            raise BackendError(f"quant_matmul: tile {field}={value} must be a power of two")
+    if tile.outputs * tile.splits < 16 or tile.inputs < 32:
+        raise BackendError(f"quant_matmul: a tile has at least 16 outputs times splits and 32 inputs, not {tile}")
+    if p.group is not None and p.rows > SMALL and not p.quantised and tile.inputs > p.group:
+        raise BackendError(
+            f"quant_matmul: with more than {SMALL} rows a step has one group of {p.group} inputs at most, not {tile.inputs}"
+        )

@@ -1,0 +1,262 @@
+"""What the kernel report compiles and measures: operations at the sizes of real models, with what they must move and compute.
+
+A room's cases are a function of this file; its operands are jax.ShapeDtypeStruct. Bytes are unique bytes of device memory.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.activation import activation
+from pallas_kernels.activation.specs import SPECS as HIDDEN
+from pallas_kernels.attention import attention
+from pallas_kernels.cross_entropy import log_probs
+from pallas_kernels.layer_cache import LayerCache
+from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
+from pallas_kernels.moe import grouped_matmul
+from pallas_kernels.moe.specs import SPECS as EXPERTS
+from pallas_kernels.norm import fused_norm, rms_norm
+from pallas_kernels.norm.specs import SPECS as NORMS
+from pallas_kernels.qtensor import ActivationQuant, round_to_nearest
+from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.quant_matmul.specs import SPECS as MATMULS
+from pallas_kernels.quantize import quantize_activations
+from pallas_kernels.rope_cache import rope_cache
+from pallas_kernels.rope_cache.specs import SPECS as HEADS
+from pallas_kernels.sampling import argmax, sample
+from pallas_kernels.sampling.specs import SPECS as VOCABULARIES
+from pallas_kernels.softmax import softmax
+from pallas_kernels.softmax.specs import SPECS as ROWS
+
+S = jax.ShapeDtypeStruct
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """run: of args. moved: bytes that are read or written at least once. operations: floating-point ones. matrix: whether the tensor cores
+    do them. donated: arguments that the result takes the place of."""
+
+    op: str
+    name: str
+    run: Callable[..., Any]
+    args: tuple
+    moved: int
+    operations: float = 0
+    matrix: bool = False
+    donated: tuple[int, ...] = ()
+
+
+def size(*trees: Any) -> int:
+    """Bytes of arrays."""
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(trees))
+
+
+def norms() -> Iterator[Case]:
+    for rows, dtype in ((1, jnp.float32), (2048, jnp.bfloat16)):
+        width = NORMS["llama_3_1_8b"].width
+        x, scale = S((rows, width), dtype), S((width,), jnp.float32)
+        name = f"llama_3_1_8b {rows}x{width} {jnp.dtype(dtype).name}"
+        yield Case(
+            op="rms_norm", name=name, run=functools.partial(rms_norm, eps=1e-5), args=(x, scale), moved=size(x, x, scale)
+        )
+    quant = ActivationQuant(group=None)
+    run = lambda x, r, s: fused_norm(x, s, kind="rms", eps=1e-5, residual=r, quant=quant)
+    yield Case(
+        op="fused_norm", name=f"{name} + residual, int8", run=run, args=(x, x, scale), moved=size(x, x, x, scale) + x.size
+    )
+
+
+def softmaxes() -> Iterator[Case]:
+    for rows, name in ((2048, "scores_8k"), (32, "llama_3_1_8b.vocab")):
+        x = S((rows, ROWS[name].width), jnp.float32)
+        yield Case(op="softmax", name=f"{name}, {rows} rows", run=softmax, args=(x,), moved=size(x, x))
+
+
+def caches(spec, rows: int, tokens: int, dtype) -> LayerCache:
+    return jax.eval_shape(
+        lambda: LayerCache.zeros(rows=rows, kv_heads=spec.kv_heads, tokens=tokens, head_dim=spec.head_dim, dtype=dtype)
+    )
+
+
+def rope_caches() -> Iterator[Case]:
+    spec = HEADS["llama_3_1_8b"]
+    for tokens, dtype in ((1, "bfloat16"), (1, "int8"), (2048, "bfloat16")):
+        heads = lambda n, tokens=tokens: S((1, tokens, n, spec.head_dim), jnp.float32)
+        q, k, angles = heads(spec.heads), heads(spec.kv_heads), S((1, tokens, spec.rotated // 2), jnp.float32)
+        cache = caches(spec, 1, 8192, dtype)
+        written = size(cache) * tokens // 8192
+        yield Case(
+            op="rope_cache",
+            name=f"llama_3_1_8b, {tokens} tokens, {dtype} cache",
+            run=lambda q, k, v, cos, sin, cache, at: rope_cache(q, k, v, cos, sin, cache, rows=None, positions=at),
+            args=(q, k, k, angles, angles, cache, S((1, tokens), jnp.int32)),
+            moved=size(q, q, k, k, angles, angles) + written,
+            donated=(5,),
+        )
+
+
+def attentions() -> Iterator[Case]:
+    """Queries at the end of a full cache: measured with positions that say so."""
+    for model, rows, tokens, cached, dtype in (
+        ("llama_3_1_8b", 1, 1, 8192, "bfloat16"),
+        ("llama_3_1_8b", 16, 1, 8192, "bfloat16"),
+        ("llama_3_1_8b", 16, 1, 8192, "int8"),
+        ("llama_3_1_8b", 1, 1, 8192, "float32"),
+        ("llama_2_7b", 8, 1, 4096, "bfloat16"),
+        ("gemma_2_9b", 8, 1, 8192, "bfloat16"),
+        ("llama_3_1_8b", 1, 4096, 4096, "bfloat16"),
+        ("gemma_2_9b", 1, 4096, 4096, "bfloat16"),
+        ("llama_3_1_8b", 1, 4096, 4096, "int8"),
+    ):
+        spec = HEADS[model]
+        q, cache = S((rows, tokens, spec.heads, spec.head_dim), jnp.float32), caches(spec, rows, cached, dtype)
+        seen = rows * (cached * tokens - tokens * (tokens - 1) // 2)
+
+        def run(q, cache, soft_cap=spec.soft_cap, first=cached - tokens):
+            at = jnp.broadcast_to(first + jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+            return attention(q, cache, rows=None, positions=at, scale=0.1, soft_cap=soft_cap)
+
+        yield Case(
+            op="attention",
+            name=f"{model}, {rows}x{tokens} queries, {cached} keys, {dtype} cache",
+            run=run,
+            args=(q, cache),
+            moved=size(q, q, cache),
+            operations=4.0 * seen * spec.heads * spec.head_dim,
+            matrix=dtype != "float32",
+        )
+
+
+def samplings() -> Iterator[Case]:
+    for rows in (1, 32):
+        logits = S((rows, VOCABULARIES["llama_3_1_8b"].size), jnp.float32)
+        yield Case(op="argmax", name=f"llama_3_1_8b, {rows} rows", run=argmax, args=(logits,), moved=size(logits))
+        row = lambda dtype, rows=rows: S((rows,), dtype)
+        run = lambda z, t, seeds, steps: sample(
+            z,
+            temperature=t + 1,  # measured with zeros
+            top_k=jnp.zeros_like(steps),
+            top_p=jnp.ones_like(t),
+            min_p=jnp.zeros_like(t),
+            seeds=seeds,
+            steps=steps,
+        )
+        args = (logits, row(jnp.float32), row(jnp.uint32), row(jnp.int32))
+        yield Case(op="sample", name=f"llama_3_1_8b, {rows} rows, temperature", run=run, args=args, moved=size(logits))
+
+
+FORMS: dict[str, dict] = {
+    "int8": {"format": "int8"},
+    "int4 g128": {"format": "int4", "group": 128},
+    "int4 g64 zeros": {"format": "int4", "group": 64, "symmetric": False},
+    "int8, int8 inputs": {"format": "int8", "activation": ActivationQuant()},
+    "int8, int8 tokens": {"format": "int8", "activation": ActivationQuant(group=None)},
+}
+
+
+def weight(shape: tuple[int, ...], form: str) -> Any:
+    """A weight of a form, or a float one of a dtype."""
+    if form not in FORMS:
+        return S(shape, form)
+    return jax.eval_shape(lambda w: round_to_nearest(w, **FORMS[form]), S(shape, jnp.float32))
+
+
+def matmuls() -> Iterator[Case]:
+    for model, form, rows in (
+        ("llama_3_1_8b.q", "bfloat16", 1),
+        ("llama_3_1_8b.q", "int8", 1),
+        ("llama_3_1_8b.q", "int4 g128", 1),
+        ("llama_3_1_8b.down", "int4 g128", 1),
+        ("llama_3_1_8b.down", "int4 g64 zeros", 1),
+        ("llama_3_1_8b.down", "int4 g128", 16),
+        ("llama_3_1_8b.down", "int8", 16),
+        ("llama_3_1_8b.down", "int8, int8 inputs", 16),
+        ("llama_3_1_8b.head", "bfloat16", 1),
+        ("llama_3_1_8b.down", "int4 g128", 2048),
+        ("llama_3_1_8b.down", "int8", 2048),
+        ("llama_3_1_8b.down", "int8, int8 tokens", 2048),
+    ):
+        spec = MATMULS[model]
+        x, w = S((rows, spec.inputs), jnp.float32), weight((spec.outputs, spec.inputs), form)
+        moved = size(x, w) + 4 * rows * spec.outputs
+        operations = 2.0 * rows * spec.outputs * spec.inputs
+        name = f"{model}, {form}, {rows} rows"
+        yield Case(op="quant_matmul", name=name, run=quant_matmul, args=(x, w), moved=moved, operations=operations, matrix=True)
+
+
+def mlp_blocks() -> Iterator[Case]:
+    gate, down = MATMULS["llama_3_1_8b.gate"], MATMULS["llama_3_1_8b.down"]
+    spec = MLPSpec(activation="silu", gated=True, eps=1e-5)
+    for form, rows in (("bfloat16", 1), ("int8", 1), ("int4 g128", 1), ("int4 g128", 2048)):
+        up = (weight((2 * gate.outputs, gate.inputs), form),)
+        vector = S((gate.inputs,), jnp.float32)
+        weights = MLPWeights(norm=vector, up=up, up_bias=(), down=weight((down.outputs, down.inputs), form), down_bias=None)
+        x = S((1, rows, gate.inputs), jnp.float32)
+        yield Case(
+            op="mlp_block",
+            name=f"llama_3_1_8b, {form}, {rows} rows",
+            run=lambda x, w: mlp_block(x, w, spec=spec, residual=x),
+            args=(x, weights),
+            moved=size(x, x, weights),
+            operations=6.0 * rows * gate.outputs * gate.inputs,
+            matrix=True,
+        )
+
+
+def experts() -> Iterator[Case]:
+    for model, form, tokens in (("mixtral_8x7b", "int4 g128", 1), ("qwen3_30b_a3b", "int8", 512)):
+        spec = EXPERTS[model]
+        rows, used = tokens * spec.chosen, min(spec.experts, tokens * spec.chosen)
+        w = weight((spec.experts, 2 * spec.hidden, spec.embed), form)
+        x = S((rows, spec.embed), jnp.float32)
+
+        def run(x, w, sizes, rows=rows, used=used):
+            # measured with zeros: the rows go to the first experts in equal parts
+            even = jnp.where(jnp.arange(sizes.size) < used, rows // used, 0)
+            return grouped_matmul(x, w, sizes + even, activation="silu", gated=True)
+
+        yield Case(
+            op="grouped_matmul",
+            name=f"{model}, {form}, {tokens} tokens",
+            run=run,
+            args=(x, w, S((spec.experts,), jnp.int32)),
+            moved=size(x) + size(w) * used // spec.experts + 4 * rows * spec.hidden,
+            operations=4.0 * rows * spec.hidden * spec.embed,
+            matrix=True,
+        )
+
+
+def elementwise() -> Iterator[Case]:
+    spec = HIDDEN["llama_3_1_8b"]
+    x = S((2048, 2 * spec.width), jnp.bfloat16)
+    run = lambda x: activation(x, kind=spec.kind, gated=spec.gated)
+    yield Case(op="activation", name="llama_3_1_8b, 2048 rows", run=run, args=(x,), moved=size(x) * 3 // 2)
+    x = S((2048, spec.width), jnp.bfloat16)
+    run = lambda x: quantize_activations(x, ActivationQuant())
+    yield Case(
+        op="quantize_activations", name="llama_3_1_8b, 2048 rows", run=run, args=(x,), moved=size(x) + x.size + x.size // 16
+    )
+    z, targets = S((512, VOCABULARIES["llama_3_1_8b"].size), jnp.float32), S((512,), jnp.int32)
+    yield Case(op="log_probs", name="llama_3_1_8b, 512 tokens", run=log_probs, args=(z, targets), moved=size(z, targets))
+
+
+ROOMS: tuple[Callable[[], Iterator[Case]], ...] = (
+    norms,
+    rope_caches,
+    attentions,
+    softmaxes,
+    samplings,
+    matmuls,
+    mlp_blocks,
+    experts,
+    elementwise,
+)
+
+
+def cases() -> list[Case]:
+    return [case for room in ROOMS for case in room()]

@@ -1,0 +1,76 @@
+"""attention_block made of GPU kernels against its reference: with a cache and without, its gradient, and a small model's greedy tokens."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from kernel_checks import close, kernels
+
+from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
+from pallas_kernels.layer_cache import LayerCache
+
+B, D, K, G, H = 2, 24, 2, 2, 8
+ROWS = (G + 2) * K * H
+
+
+def weights(rng, kind: str, full: bool) -> AttentionWeights:
+    draw = lambda *shape, scale=0.3: jnp.asarray(rng.normal(0, scale, shape), jnp.float32)
+    return AttentionWeights(
+        norm=1 + draw(D),
+        norm_bias=draw(D) if kind == "layer" else None,
+        qkv=(draw(ROWS, D),) if full else (draw(G * K * H, D), draw(K * H, D), draw(K * H, D)),
+        qkv_bias=(draw(ROWS),) if full else (),
+        q_norm=1 + draw(H) if full else None,
+        k_norm=1 + draw(H) if full else None,
+        out=draw(D, G * K * H),
+        out_bias=draw(D) if full else None,
+    )
+
+
+def arguments(rng, kind: str, full: bool, T: int, first: int):
+    spec = AttentionSpec(head_dim=H, group=G, scale=0.3, eps=1e-5, norm=kind, soft_cap=2.0 if full else None)
+    angle = rng.normal(size=(B, T, H // 2))
+    return {
+        "spec": spec,
+        "angles": (jnp.asarray(np.cos(angle), jnp.float32), jnp.asarray(np.sin(angle), jnp.float32)) if full else None,
+        "positions": jnp.broadcast_to(first + jnp.arange(T, dtype=jnp.int32), (B, T)),
+        "window": jnp.int32(3) if full else None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("kind", "full", "T", "dtype"),
+    [pytest.param("rms_offset", True, 1, "int8", marks=pytest.mark.slow), ("layer", False, 5, "float32")],
+)
+def test_with_a_cache(rng, kind, full, T, dtype):
+    w, given = weights(rng, kind, full), arguments(rng, kind, full, T, 4)
+    x = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
+    shape = {"rows": B + 1, "kv_heads": K, "tokens": 11, "head_dim": H}
+    cache = LayerCache.zeros(**shape, dtype=dtype)
+    if dtype == "float32":
+        cache = jax.tree.map(lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype), cache)
+    call = functools.partial(attention_block, rows=jnp.array([2, 0], jnp.int32), residual=x, **given)
+    with kernels():
+        found = jax.jit(functools.partial(call, implementation="pallas"))(x, w, cache)
+    wanted = call(x, w, cache, implementation="reference")
+    # a level of an int8 key may round to its neighbour
+    close(found[0], wanted[0], 1e-5 if dtype == "float32" else 1e-2)
+    assert max(np.abs(np.asarray(found[1].k, np.float32) - np.asarray(wanted[1].k, np.float32)).max(), 0) <= (
+        1e-5 if dtype == "float32" else 1
+    )
+
+
+def test_without_one_and_its_gradient(rng):
+    w, given = weights(rng, "rms", True), arguments(rng, "rms", True, 4, 0)
+    x = jnp.asarray(rng.normal(size=(B, 4, D)), jnp.float32)
+
+    def loss(name, x, w):
+        y, cache = attention_block(x, w, None, residual=x, **given, implementation=name)
+        return (y**2).sum() + cache.v.sum(), (y, cache)
+
+    run = lambda name: jax.jit(jax.value_and_grad(functools.partial(loss, name), argnums=(0, 1), has_aux=True))(x, w)
+    with kernels():
+        found = run("pallas")
+    close(found, run("reference"), 1e-4)

@@ -1,0 +1,108 @@
+"""The engine's programs made of GPU kernels: their tokens, and, compiled for a GPU that is not here, what they launch and copy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hlo import copies
+from jax.sharding import NamedSharding, PartitionSpec
+from kernel_checks import kernels
+
+import jaxinfer
+from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
+from jaxinfer.placement import place
+from jaxinfer.programs import STATE, Programs
+from pallas_kernels.deviceless import inspect, topology_mesh
+from pallas_kernels.qtensor import round_to_nearest
+from sharding.mesh import make_mesh
+from sharding.rules import MESH_AXES
+
+CONFIG = ModelConfig(
+    family="llama",
+    vocab=512,
+    embed=256,
+    layers=2,
+    attention=AttentionConfig(heads=8, kv_heads=2, head_dim=64, scale=0.125, rope=RopeConfig(dim=64)),
+    mlp=MLPConfig(width=512, activation="silu"),
+    norm_eps=1e-5,
+    tied=False,
+    max_positions=1024,
+)
+TOKENS = 1000  # of the cache, unlike any other size
+
+
+def program(weights: str, cache, gpu: str):
+    """What `gpu` runs for a step of one sequence, and the shapes of cache and weights."""
+    model = Decoder(CONFIG)
+    for _, p in nnx.iter_graph(model):
+        if isinstance(p, nnx.Param) and p.get_value().ndim == 2:
+            value = p.get_value()
+            p.set_value(value.astype(weights) if weights == "bfloat16" else round_to_nearest(value, format=weights, group=64))
+    here = place(model, make_mesh(stage=1, tensor=1))
+    mesh = topology_mesh(gpu, (1,) * len(MESH_AXES), MESH_AXES)
+    there = lambda spec, tree: jax.tree.map(
+        lambda a: jax.ShapeDtypeStruct(
+            a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec if spec is None else spec)
+        ),
+        tree,
+    )
+    placed = dataclasses.replace(here, mesh=mesh, weights=there(None, here.weights))
+    programs = Programs(placed, cache_dtype=cache)
+    state = jax.eval_shape(programs.state(1, TOKENS))
+    fields = [f.name for f in dataclasses.fields(STATE)]
+    state = dataclasses.replace(state, **{name: there(getattr(STATE, name), getattr(state, name)) for name in fields})
+    steps = there(PartitionSpec(), jax.ShapeDtypeStruct((), jnp.int32))
+    found = inspect(programs.decode(0, ()).lower(placed.weights, state, steps))
+    shapes = {a.shape for a in jax.tree.leaves((placed.weights, state.caches)) if a.size > 4096}
+    return found, shapes | {shape[1:] for shape in shapes}
+
+
+@pytest.mark.parametrize(
+    ("weights", "cache", "gpu"),
+    [
+        ("bfloat16", jnp.bfloat16, "h100"),
+        pytest.param("int8", jnp.int8, "a100", marks=pytest.mark.slow),
+        pytest.param("int4", jnp.bfloat16, "b200", marks=pytest.mark.slow),
+    ],
+)
+def test_launches_of_a_layer(weights, cache, gpu):
+    found, shapes = program(weights, cache, gpu)
+    first = next(i for i, name in enumerate(found.launches) if name.startswith("quant_matmul"))
+    layers = found.launches[first : found.launches.index("norm")]  # the last norm comes after them
+    assert len(layers) <= 8 * CONFIG.layers, layers
+    assert [layers.count(name) for name in ("rope_cache", "decode_attention", "decode_reduce")] == [CONFIG.layers] * 3
+    assert copies(found.text, shapes) == []
+    assert all(kernel.spilled == 0 for kernel in found.kernels)
+
+
+SMALL = dataclasses.replace(
+    CONFIG,
+    vocab=60,
+    embed=32,
+    attention=AttentionConfig(heads=4, kv_heads=2, head_dim=8, scale=0.35, rope=RopeConfig(dim=8)),
+    mlp=MLPConfig(width=48, activation="silu"),
+)
+OTHER = dataclasses.replace(
+    SMALL,
+    attention=dataclasses.replace(SMALL.attention, qk_norm=True, soft_cap=2.0),
+    norm="rms_offset",
+    windows=(4, None),
+    soft_cap=3.0,
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(SMALL, id="plain", marks=pytest.mark.full), pytest.param(OTHER, id="windows, caps and norms of heads")],
+)
+def test_greedy_tokens_of_the_kernels_are_those_of_the_reference(config):
+    model = Decoder(config)
+    ids = jnp.asarray([[5, 17, 3, 41, 2, 9], [7, 1, 0, 0, 0, 0]], jnp.int32)
+    run = lambda: jax.jit(lambda ids: jaxinfer.generate(model, ids, lengths=jnp.array([6, 2]), max_new_tokens=12).tokens)(ids)
+    with kernels():
+        found = run()
+    np.testing.assert_array_equal(found, run())

@@ -1,0 +1,166 @@
+"""Tiles: explicit over tuned over heuristic; GPUs by name; kernels' files, each of which may be missing."""
+
+import dataclasses
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import pytest
+
+from pallas_kernels import gpus, tuning
+from pallas_kernels.deviceless import topology_mesh
+from pallas_kernels.errors import BackendError
+from pallas_kernels.launch import gpu_refusal, kernel_precision
+from pallas_kernels.target import Target, current_target, interpreted, interpreting
+from pallas_kernels.tuning import device_folder, tile_for, tiles
+
+ROOT = Path(__file__).parents[2]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tile:
+    rows: int = 1
+    warps: int = 4
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """A table of a GPU for the operation `twice`."""
+    folder = tmp_path / "nvidia_h100_80gb_hbm3"
+    folder.mkdir()
+    entry = {"key": {"width": 64, "dtype": "float32"}, "tile": {"rows": 8}, "seconds": 1e-6}
+    (folder / "twice.json").write_text(json.dumps({"entries": [entry]}))
+    monkeypatch.setattr(tuning, "TUNED", tmp_path)
+    tuning._table.cache_clear()
+    tuning._log_miss.cache_clear()
+    yield
+    tuning._table.cache_clear()
+
+
+def test_explicit_then_tuned_then_heuristic(tuned, caplog):
+    with interpreting(), caplog.at_level(logging.INFO):
+        assert tile_for("twice", Tile(), width=64, dtype="float32") == Tile(rows=8)
+        with tiles({"twice": {"rows": 2}}):
+            assert tile_for("twice", Tile(), width=64, dtype="float32") == Tile(rows=2)
+            with tiles({"twice": {"warps": 1}, "other": {"rows": 5}}):
+                assert tile_for("twice", Tile(), width=64, dtype="float32") == Tile(rows=8, warps=1)
+        assert not caplog.records
+        for _ in range(2):
+            assert tile_for("twice", Tile(rows=3), width=65, dtype="float32") == Tile(rows=3)
+        assert [r.getMessage() for r in caplog.records] == [
+            "no tuned tile of twice for dtype=float32, width=65 on this device: its heuristic is used"
+        ]
+    assert tile_for("twice", Tile(), width=64, dtype="float32") == Tile()  # another device
+    with pytest.raises(BackendError, match="its tile has no columns; it has rows, warps"), tiles({"twice": {"columns": 1}}):
+        tile_for("twice", Tile())
+
+
+def test_devices():
+    assert device_folder("NVIDIA A100-SXM4-80GB") == "nvidia_a100_sxm4_80gb"
+    for gpu in gpus.GPUS.values():
+        assert Target(platform="gpu", device_kind=gpu.device_kind).capability == gpu.capability
+    kinds = {
+        "NVIDIA GH200 480GB": (9, 0),
+        "NVIDIA L40S": (8, 9),
+        "NVIDIA GeForce RTX 3090": (8, 6),
+        "Tesla T4": (7, 5),
+        "?": None,
+    }
+    assert {kind: gpus.capability(kind) for kind in kinds} == kinds
+    assert Target(platform="cpu", device_kind="cpu").capability is None
+    with pytest.raises(BackendError, match="GPU 'k80' is not one of a100, h100, b200"):
+        topology_mesh("k80", (1,), ("x",))
+
+
+def test_interpreting():
+    assert not interpreted() and current_target().platform != "gpu"
+    with interpreting(gpus.GPUS["a100"].device_kind):
+        assert interpreted() and current_target() == Target(platform="gpu", device_kind=gpus.GPUS["a100"].device_kind)
+
+
+FILES = sorted(
+    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "pallas_kernels").glob("*/pallas*.py")
+)
+WITHOUT = """
+import importlib.abc, sys, warnings
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name in sys.argv[1].split(","):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+sys.meta_path.insert(0, Missing())
+import jax, jax.numpy as jnp
+from pallas_kernels.target import interpreting
+from pallas_kernels.layer_cache import LayerCache
+from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
+from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
+from pallas_kernels.sampling import argmax
+
+ones = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+spec = AttentionSpec(head_dim=8, group=2, scale=1.0, eps=1e-5)
+w = AttentionWeights(norm=ones(16), qkv=(ones(32, 16),), qkv_bias=(), out=ones(16, 16), out_bias=None)
+m = MLPWeights(norm=ones(16), up=(ones(48, 16),), up_bias=(), down=ones(16, 24), down_bias=None)
+cache = jax.eval_shape(lambda: LayerCache.zeros(rows=1, kv_heads=1, tokens=9, head_dim=8, dtype=jnp.float32))
+
+def step(x, w, m, cache, at):
+    x, cache = attention_block(x, w, cache, spec=spec, angles=None, positions=at)
+    x = mlp_block(x, m, spec=MLPSpec(activation="silu", gated=True, eps=1e-5))
+    return argmax(x[:, 0])
+
+with interpreting(), warnings.catch_warnings(record=True) as seen:
+    warnings.simplefilter("always")
+    jaxpr = jax.make_jaxpr(step)(ones(1, 1, 16), w, m, cache, jax.ShapeDtypeStruct((1, 1), jnp.int32))
+kernels = str(jaxpr).count("pallas_call")
+ours = [str(w.message) for w in seen if "kernels are left out" in str(w.message)]
+print(kernels, len(ours), *ours, sep="\\n")
+"""
+
+
+def traced_without(*modules: str) -> tuple[int, list[str]]:
+    """How many kernels a layer has, and what it warns of, in a process in which these modules do not exist."""
+    command = [sys.executable, "-c", WITHOUT, ",".join(modules)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    kernels, count, *warnings = done.stdout.splitlines()
+    assert len(warnings) == int(count)
+    return int(kernels), warnings
+
+
+def test_every_file_of_kernels_may_be_missing():
+    assert FILES
+    whole, warned = traced_without("no.such.module")
+    assert whole >= 5 and warned == []
+    nothing, warned = traced_without("jax.experimental.pallas.triton")
+    assert nothing == 0 and len(warned) == 1
+
+
+@pytest.mark.parametrize("module", [pytest.param(name, marks=pytest.mark.slow) for name in FILES])
+def test_one_file_of_kernels_may_be_missing(module):
+    _, warned = traced_without(module)
+    assert len(warned) <= 1
+    if warned:
+        assert module in warned[0]
+
+
+def test_which_gpus_there_are_kernels_for():
+    refused = {
+        "AMD Instinct MI300X": "NVIDIA GPUs, not for AMD",
+        "NVIDIA Tesla V100-SXM2": "8.0, NVIDIA Tesla V100-SXM2 has 7.0",
+    }
+    for kind, reason in refused.items():
+        assert reason in gpu_refusal(Target(platform="gpu", device_kind=kind))
+    for kind in ("NVIDIA GeForce RTX 3090", "NVIDIA of another year"):
+        assert gpu_refusal(Target(platform="gpu", device_kind=kind)) is None
+
+
+def test_float32_is_exact_in_kernels_unless_jax_is_told_otherwise():
+    assert kernel_precision("bfloat16") == jax.lax.Precision.DEFAULT
+    assert kernel_precision("float32") == jax.lax.Precision.HIGHEST
+    with jax.default_matmul_precision("high"):
+        assert kernel_precision("float32") == jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+    with jax.default_matmul_precision("tensorfloat32"):
+        assert kernel_precision("float32") == jax.lax.Precision.DEFAULT

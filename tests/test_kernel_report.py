@@ -1,0 +1,63 @@
+"""scripts/bench/kernel_report.py: its floors, its occupancy, and a report of a kernel that is compiled for a GPU that is not here."""
+
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels.deviceless import Kernel
+from pallas_kernels.gpus import GPUS
+
+BENCH = Path(__file__).parents[1] / "scripts" / "bench"
+
+
+@pytest.fixture
+def report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    import kernel_report
+
+    return kernel_report
+
+
+def kernel(**given) -> Kernel:
+    whole = {"name": "k", "registers": 32, "spilled": 0, "shared": 0, "threads": 128, "widest_load": 16, "tensor_cores": ""}
+    return Kernel(**(whole | given))
+
+
+def test_a_floor_is_the_longer_of_bytes_and_operations(report):
+    gpu, args = GPUS["h100"], (jax.ShapeDtypeStruct((4,), jnp.float32),)
+    case = lambda **given: report.Case(op="o", name="n", run=jnp.sin, args=args, **given)
+    assert report.floor(case(moved=3_352_000), gpu) == pytest.approx(1e-6)
+    assert report.floor(case(moved=1, operations=989e6, matrix=True), gpu) == pytest.approx(1e-6)
+    assert report.floor(case(moved=1, operations=66.9e6), gpu) == pytest.approx(1e-6)
+
+
+def test_occupancy_is_bounded_by_each_resource(report):
+    gpu = GPUS["h100"]
+    assert report.occupancy(kernel(), gpu) == 1
+    assert report.occupancy(kernel(registers=128), gpu) == 4 * 4 / 64
+    assert report.occupancy(kernel(registers=33), gpu) == 12 * 4 / 64  # registers come in eights: 40
+    assert report.occupancy(kernel(shared=70 * 1024), gpu) == 3 * 4 / 64
+    assert report.occupancy(kernel(threads=32), gpu) == 0.5  # 32 blocks at most
+
+
+def test_a_report(report, capsys):
+    assert report.main(["--gpus", "a100", "--op", "fused_norm", "--json"]) == 0
+    out, err = capsys.readouterr()
+    (row,) = json.loads(out)
+    assert row["launches"] == ["norm"] and row["kernels"][0]["widest_load"] == 16
+    assert "a100  fused_norm" in err
+    with pytest.raises(SystemExit):
+        report.main(["--gpus", "k80"])
+    assert "--gpus k80: there are a100, h100, b200" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        report.main(["--measure"])
+    assert "the device here is a cpu, not a GPU" in capsys.readouterr().err
+
+
+def test_every_case_can_be_traced(report):
+    for case in report.cases():
+        jax.eval_shape(case.run, *case.args)
+        assert case.moved > 0
