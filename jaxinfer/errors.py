@@ -14,7 +14,7 @@ from convert.errors import (
     UnsupportedFormatError,
 )
 from pallas_kernels.errors import BackendError, KernelError, QuantizationError, ShapeError
-from sharding.errors import AxisRuleError, MeshError, ShardingError
+from sharding.errors import AxisRuleError, LaunchError, MeshError, ShardingError
 
 
 class InferenceError(ValueError):
@@ -103,6 +103,7 @@ __all__ = [
     "InferenceError",
     "InvalidTextError",
     "KernelError",
+    "LaunchError",
     "MemoryPlanError",
     "MeshError",
     "MissingTensorError",

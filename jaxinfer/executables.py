@@ -302,7 +302,12 @@ def attach(programs: Programs, folder: Path, *, trusted: bool, required: bool = 
             f"{own} was not made by this user on this machine, and executables are code; name the folder (executables={str(folder)!r}) if "
             f"you trust who made it, or {_AGAIN}"
         )
-    if wrong := differences(environment(programs), manifest["environment"]):
+    here, there = environment(programs), dict(manifest["environment"])
+    # a room of kernels that only one of the two processes has imported says nothing about the programs
+    both = here["operations"].keys() & there.get("operations", {}).keys()
+    for facts in (here, there):
+        facts["operations"] = {op: names for op, names in facts.get("operations", {}).items() if op in both}
+    if wrong := differences(here, there):
         raise ExecutablesError(f"the executables in {own} do not fit: {'; '.join(wrong)}; {_AGAIN}")
     first: dict[tuple, _Stored] = {}
     for entry in manifest["programs"]:

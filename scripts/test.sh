@@ -16,6 +16,7 @@ them read (93 MB, once), checks format, lint and types, and runs the tests on th
   --all         all of these, and the root tests when run as root
 
 Further arguments go to pytest, for instance: scripts/test.sh -k rope -x
+  JAXINFER_TEST_WORKERS=N   pytest processes (pytest-xdist); by default one per core, at most 4, with 4 GB of memory each
   JAXINFER_TEST_GGUF=/path/to/SmolLM2-135M-Instruct.Q4_1.gguf   use this file instead of fetching it
 HELP
 }
@@ -78,4 +79,11 @@ if [ "$mode" != quick ]; then
     exit 0
   fi
 fi
-exec "$JAXINFER_PYTHON" -m pytest -m "$marks" "$@"
+# Most of a test is tracing on one core. A file stays in one process, so that it shares its fixtures.
+workers=${JAXINFER_TEST_WORKERS:-$("$JAXINFER_PYTHON" -c '
+import os
+memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+print(max(1, min(4, len(os.sched_getaffinity(0)), memory // 4_000_000_000)))')}
+parallel=()
+[ "$workers" = 1 ] || parallel=(-n "$workers" --dist loadfile)
+exec "$JAXINFER_PYTHON" -m pytest "${parallel[@]}" -m "$marks" "$@"

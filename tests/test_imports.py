@@ -37,12 +37,12 @@ ROWS = [
     {"models", "cache", "sampling", "text", "chat", "disguise", "sandbox", "detokenize", "tokenizing"},
     {"placement"},
     {"quantization"},
-    {"generation", "loading", "memory", "requests"},
+    {"generation", "loading", "memory", "requests", "stages"},
     {"programs", "scheduler"},
     {"slots"},
     {"ahead"},
     {"engine", "executables"},
-    {"api", "measuring", "planning", "profiling"},
+    {"api", "measuring", "planning", "profiling", "quantizing"},
     {"cli", "server", "__main__"},
 ]
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts}

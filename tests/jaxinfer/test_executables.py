@@ -156,7 +156,7 @@ def test_false_ignores_them(changed, compiled) -> None:
         (lambda m: m["environment"].update(sources="0"), ["sources"]),
         (lambda m: m["environment"].update(device_kind="TPU"), ["device_kind: made with TPU, here it is cpu"]),
         (lambda m: m["environment"]["cpu_features"].append("avx9000"), ["cpu_features: made with avx9000"]),
-        (lambda m: m["environment"]["operations"].update(norm=["mine"]), ["operations.norm"]),
+        (lambda m: m["environment"]["operations"].update(mlp_block=["mine"]), ["operations.mlp_block"]),
         (lambda m: m.update(format_version=2), ["format_version 2, not 1"]),
         (lambda m: m.pop("programs"), ["has no programs"]),
         (lambda m: m["programs"][0].update(name="no_such"), ["is damaged"]),
