@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import pkgutil
 import sys
+import unittest.mock
 import warnings
 from pathlib import Path
 
@@ -103,6 +105,9 @@ def write_reference(folder: Path) -> None:
 
     for name in jaxinfer.__all__:  # they are imported when first used, and pdoc looks at what is there
         vars(jaxinfer)[name] = getattr(jaxinfer, name)
+    if importlib.util.find_spec("jax_triton") is None:  # optional: pdoc reads the file that imports it all the same
+        for name in ("jax_triton", "triton", "triton.language"):
+            sys.modules[name] = unittest.mock.MagicMock()
     pdoc.render.configure(docformat="google")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
