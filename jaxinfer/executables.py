@@ -36,12 +36,12 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from jaxinfer.ahead import Need, workers
-from jaxinfer.compilation import without_compilation_cache
 from jaxinfer.demo import cache_dir
 from jaxinfer.errors import ExecutablesError
 from jaxinfer.programs import Program, Programs, settings
 from pallas_kernels import registry
 from pallas_kernels.cpu import library
+from pallas_kernels.uncached import without_compilation_cache
 
 FORMAT_VERSION = 1
 FOLDER = "executables"  # beside a checkpoint

@@ -4,25 +4,24 @@ Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and C
 cannot tell.
 """
 
-import contextlib
 import dataclasses
 import functools
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 from jax.experimental import topologies
-from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceSharding, use_abstract_mesh
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import GPUS, Gpu
+from pallas_kernels.uncached import without_compilation_cache
 
 _DESCRIPTION = """gpu_device_info {{
   threads_per_block_limit: 1024 threads_per_warp: 32
@@ -103,7 +102,7 @@ def compile_for(name: str, function: Callable[..., Any], *args: Any) -> Compiled
 
 def inspect(lowered: Any) -> Compiled:
     """Compile what was lowered for a GPU, and read what came out."""
-    with tempfile.TemporaryDirectory() as folder, no_compilation_cache():
+    with tempfile.TemporaryDirectory() as folder, without_compilation_cache():
         compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*ptx.*"})
         ptx = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
         thunks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
@@ -111,19 +110,6 @@ def inspect(lowered: Any) -> Compiled:
     kernels = tuple(kernel for part in ptx if part.strip() for kernel in _kernels(part, shared))
     started = re.findall(r"^\s*\d+: (k\w+) *(?:\[[^\]]*\])? *(?:(\S+) grid:)?", thunks, re.M)
     return Compiled(text=compiled.as_text(), kernels=kernels, launches=tuple(name or kind for kind, name in started))
-
-
-@contextlib.contextmanager
-def no_compilation_cache() -> Iterator[None]:
-    """A program for a device that is not here can be written to the persistent cache, but not read back, and a cached one dumps nothing."""
-    before = jax.config.jax_enable_compilation_cache
-    jax.config.update("jax_enable_compilation_cache", False)
-    compilation_cache.reset_cache()  # whether it is used is looked up once
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)
-        compilation_cache.reset_cache()
 
 
 def _gpu(name: str) -> Gpu:

@@ -13,7 +13,8 @@ from hlo import collectives
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.deviceless import no_compilation_cache, topology_mesh
+from pallas_kernels.deviceless import topology_mesh
+from pallas_kernels.uncached import without_compilation_cache
 from sharding.collectives import (
     BLOCK,
     all_gather_bytes,
@@ -89,7 +90,7 @@ def test_what_is_compiled(hosts, int8):
     else:
         mesh, local = topology_mesh("h100", (1, 1, 2, 8), ("data", "stage", *TENSOR_AXES), hosts=2), 8
     shape = jax.ShapeDtypeStruct((2 * local, 16, 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P(TENSOR_AXES)))
-    with no_compilation_cache():
+    with without_compilation_cache():
         text = summed(mesh, int8).lower(shape).compile().as_text()
     across = {"all-to-all": 1, "all-gather": 2} if int8 else {"all-reduce": 1, "all-gather": 1}
     assert collectives(text) == {"reduce-scatter": 1, **across}

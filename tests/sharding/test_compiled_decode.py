@@ -12,8 +12,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
 from jaxinfer.placement import Placed, place
 from jaxinfer.programs import STATE, Programs
-from pallas_kernels.deviceless import no_compilation_cache, topology_mesh
+from pallas_kernels.deviceless import topology_mesh
 from pallas_kernels.qtensor import round_to_nearest
+from pallas_kernels.uncached import without_compilation_cache
 from sharding.collectives import expected
 from sharding.mesh import make_mesh
 from sharding.rules import MESH_AXES
@@ -139,7 +140,7 @@ def test_for_h100s_without_one(stage, hosts, tensor):
     )
     placed = dataclasses.replace(here, mesh=mesh, weights=there)
     program, state = lowered(placed, batch=2)
-    with no_compilation_cache():
+    with without_compilation_cache():
         text = program.compile().as_text()
     check(placed, text, state)
 
