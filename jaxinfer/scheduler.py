@@ -241,24 +241,27 @@ class Scheduler:
     def _push(self, emitted: Mapping[Slot, Emission]) -> None:
         for slot, emission in emitted.items():
             ticket = self._running[slot]
-            if not emission.tokens or self._left(ticket):
+            if self._left(ticket):  # cancelled meanwhile
+                self._leave(slot, ended=emission.ended)
+                continue
+            if not emission.tokens:
                 continue
             try:
                 delta = ticket.request.push(emission.tokens, emission.logprobs)
             except Exception as error:  # of this text alone
                 ticket.give(error)
-                self._leave(slot)
+                self._leave(slot, ended=emission.ended)
                 continue
             if delta.result is not None:
-                del self._running[slot]
-                if not emission.ended:  # a stop string: the device does not know
-                    self._device.free(slot)
+                self._leave(slot, ended=emission.ended)  # it has not where a stop string, which the device does not know, was found
             if delta.result is not None or ticket.every is not None:
                 ticket.give(delta)
 
-    def _leave(self, slot: Slot) -> None:
+    def _leave(self, slot: Slot, *, ended: bool = False) -> None:
+        """ended: the device has let go of the slot already."""
         del self._running[slot]
-        self._device.free(slot)
+        if not ended:
+            self._device.free(slot)
 
     def _fail(self, tickets: Sequence[Ticket], error: BaseException) -> None:
         for ticket in tickets:

@@ -139,6 +139,19 @@ def test_cancelled_requests_leave_their_slots() -> None:
     assert all(box.empty() for _, box in asked[:4])
 
 
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_cancelled_in_the_turn_that_ends_it(tokens: int) -> None:
+    """The device has let go of the slot already: it is not freed again, and nobody else is disturbed."""
+    device = Counter(2)
+    scheduler = Scheduler(device)
+    ending, box = ask(0, tokens)
+    device.fails = lambda call: scheduler.cancel([ending]) if call == ("enter" if tokens == 1 else "decode") else None
+    other, rest = ask(50, 90)
+    scheduler.submit([ending, other])
+    assert rest.get(timeout=5).result.token_ids == [*range(50, 140)]
+    assert at_rest(scheduler) and not device.held and box.empty()
+
+
 @pytest.mark.parametrize("call", ["fit", "enter", "decode"])
 def test_failures_reach_those_who_wait(call: str) -> None:
     device = Counter()
