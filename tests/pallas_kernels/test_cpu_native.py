@@ -1,5 +1,7 @@
 """The native CPU kernels against the references: every format, cache, instruction set and number of threads."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -239,6 +241,19 @@ def run_attention(spec, implementation):
     return lambda x, weights, cache, operands: attention_block(
         x, weights, cache, spec=spec, implementation=implementation, **operands
     )
+
+
+@pytest.mark.parametrize("cached", [None, "float32"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_attention_block_after_bfloat16_weights(rng, native, shape, cached):
+    """Many queries meet keys and values in bfloat16 then, where the CPU has its products, also those that come in float32."""
+    spec, x, weights, cache, operands = attention_case(rng, shape, "rows" if cached is None else "chunk", cached)
+    weights = dataclasses.replace(weights, qkv=tuple(w.astype(jnp.bfloat16) for w in weights.qkv))
+    args = (x, weights, cache, operands)
+    want, _ = jax.jit(run_attention(spec, "reference"))(*args)
+    sets = native.instruction_sets
+    for got, _ in in_each_way(native, run_attention(spec, "native"), *args, sets=sets).values():
+        close(got, want, 0.02)
 
 
 @pytest.mark.parametrize("cached", TOLERANCES)
