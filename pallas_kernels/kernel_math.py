@@ -1,7 +1,8 @@
-"""Arithmetic inside Triton kernels: what the lowering does not take, written with what it takes. All of it is float32."""
+"""Arithmetic and places inside Triton kernels: what the lowering does not take, written with what it takes. All of it is float32."""
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 
 LOG2_E = 1.4426950408889634
 
@@ -45,6 +46,14 @@ def round_even(x):
 def power_of_two(n: int) -> int:
     """The least power of two that is at least n."""
     return 1 << max(0, n - 1).bit_length()
+
+
+def masked_slice(start, size: int) -> pl.Slice:
+    """`size` elements from `start` on, of which a mask keeps those inside of the array.
+
+    jax 0.12 refuses a slice that ends past its array where it knows the start, whatever the mask keeps; this hides it.
+    """
+    return pl.ds(jax.lax.full((), 0, jnp.int32) + start, size)
 
 
 def of_dtype(x: jax.Array, dtype) -> jax.Array:

@@ -11,6 +11,7 @@ from pallas_kernels.activation import reference
 from pallas_kernels.activation.output import ActivationOutput
 from pallas_kernels.kernel_math import ACTIVATIONS
 from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.norm.pallas import drop
 from pallas_kernels.quantize.pallas import block, heuristic, scales_refusal, store_levels
 from pallas_kernels.tuning import tile_for
 
@@ -26,13 +27,14 @@ def supports_activation(target, facts) -> bool | str:
     return scales_refusal(target, facts["shape"][-1] // (2 if facts["gated"] else 1), quant.group, quant.format)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _activation(x, bias, kind, gated, quant, out_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _activation(x, bias, dropout, kind, gated, quant, out_dtype):
     width, lead = x.shape[-1] // (2 if gated else 1), x.shape[:-1]
     rows = x.size // x.shape[-1]
     group = 1 if quant is None else quant.group  # without scales a block may end anywhere
     tile = tile_for("activation", heuristic(width, group), width=width, gated=gated, group=group, dtype=str(x.dtype))
     given = {"x": x.reshape(rows, -1)} | ({} if bias is None else {"bias": bias})
+    given |= {} if dropout is None else dropout.operands((*lead, width))
     dtype = out_dtype if quant is None else jnp.dtype(jnp.float8_e4m3fn if quant.format == "fp8" else jnp.int8)
     out = {"y": jax.ShapeDtypeStruct((rows, width), dtype)}
     if quant is not None:
@@ -46,6 +48,7 @@ def _activation(x, bias, kind, gated, quant, out_dtype):
             width=width,
             kind=kind,
             gated=gated,
+            rate=dropout and dropout.rate,
             group=quant and quant.group,
         ),
         *given.values(),
@@ -57,7 +60,7 @@ def _activation(x, bias, kind, gated, quant, out_dtype):
     return ActivationOutput(**{name: a.reshape(*lead, a.shape[-1]) for name, a in zip(out, found, strict=True)})
 
 
-def _kernel(*refs, names, tile, rows, width, kind, gated, group):
+def _kernel(*refs, names, tile, rows, width, kind, gated, rate, group):
     ref = dict(zip(names, refs, strict=True))
 
     def part(first):
@@ -71,6 +74,8 @@ def _kernel(*refs, names, tile, rows, width, kind, gated, group):
     y = ACTIVATIONS[kind](part(0))
     if gated:
         y = y * part(width)
+    if rate is not None:
+        y = drop(y, rate, ref, pl.program_id(0) * tile.rows, pl.program_id(1) * tile.columns, rows)
     places = block(tile, rows, width)
     if "scales" in ref:
         y = jnp.where(places.inside, y, 0.0)
@@ -79,17 +84,21 @@ def _kernel(*refs, names, tile, rows, width, kind, gated, group):
         triton.store(ref["y"].at[places.at], y.astype(ref["y"].dtype), mask=places.inside)
 
 
-def _forward(x, bias, *static):
-    return _activation(x, bias, *static), (x, bias)
+def _forward(x, bias, dropout, *static):
+    return _activation(x, bias, dropout, *static), (x, bias, dropout)
 
 
 def _backward(kind, gated, quant, out_dtype, saved, gradient):
-    run = lambda x, bias: reference.activation(x, bias, kind=kind, gated=gated, quant=quant, out_dtype=out_dtype)
-    return jax.vjp(run, *saved)[1](gradient)
+    x, bias, dropout = saved
+
+    def run(x, bias):
+        return reference.activation(x, bias, kind=kind, gated=gated, dropout=dropout, quant=quant, out_dtype=out_dtype)
+
+    return *jax.vjp(run, x, bias)[1](gradient), None
 
 
 _activation.defvjp(_forward, _backward)
 
 
-def activation(x, bias, *, kind, gated, quant, out_dtype):
-    return _activation(x, bias, kind, gated, quant, out_dtype)
+def activation(x, bias, *, kind, gated, dropout, quant, out_dtype):
+    return _activation(x, bias, dropout, kind, gated, quant, out_dtype)

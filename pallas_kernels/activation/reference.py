@@ -6,6 +6,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dropout as dropping
 from pallas_kernels.activation.output import ActivationOutput
 from pallas_kernels.quantize import quantize_activations
 
@@ -17,7 +18,7 @@ ACTIVATIONS: dict[str, Callable] = {
 }
 
 
-def activation(x, bias, *, kind, gated, quant, out_dtype):
+def activation(x, bias, *, kind, gated, dropout, quant, out_dtype):
     z = x.astype(jnp.float32)
     if bias is not None:
         z = z + bias.astype(jnp.float32)
@@ -27,6 +28,7 @@ def activation(x, bias, *, kind, gated, quant, out_dtype):
         y = act(z[..., :half]) * z[..., half:]
     else:
         y = act(z)
+    y = dropping.apply(y, dropout)
     if quant is None:
         return ActivationOutput(y=y.astype(out_dtype))
     levels, scales = quantize_activations(y, quant, implementation="reference")

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.models import MODELS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
@@ -13,9 +15,9 @@ class ActivationSpec:
 
 
 SPECS = {
-    "smollm2_135m": ActivationSpec(kind="silu", width=1536, gated=True),
-    "llama_3_1_8b": ActivationSpec(kind="silu", width=14336, gated=True),
-    "gemma_2_9b": ActivationSpec(kind="gelu_tanh", width=14336, gated=True),
+    "smollm2_135m": ActivationSpec(kind="silu", width=MODELS["smollm2_135m"].mlp, gated=True),
+    "llama_3_1_8b": ActivationSpec(kind="silu", width=MODELS["llama_3_1_8b"].mlp, gated=True),
+    "gemma_2_9b": ActivationSpec(kind="gelu_tanh", width=MODELS["gemma_2_9b"].mlp, gated=True),
     "bert_base": ActivationSpec(kind="gelu", width=3072, gated=False),
     "opt_6_7b": ActivationSpec(kind="relu", width=16384, gated=False),
     "odd.42": ActivationSpec(kind="gelu", width=42, gated=True),

@@ -3,7 +3,8 @@
 All query heads of a group share one read of their keys and values: the rows of a block are query tokens times heads of a group.
 Few queries (decoding) are bound by the read of the cache: the keys that a sequence sees are split over blocks, so that one sequence fills
 the GPU too, and a second launch weighs their partial sums. Many (prefill) are bound by the products: each block has its own rows, and
-keys that all of them see are not masked. Source: Dao 2023, arXiv:2307.08691; Dao et al. 2023, "Flash-Decoding for long-context inference".
+keys that all of them see are not masked. The gradient makes the scores again from the logarithms of their sums.
+Source: Dao 2023, arXiv:2307.08691; Dao et al. 2023, "Flash-Decoding for long-context inference".
 """
 
 import dataclasses
@@ -11,21 +12,22 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
-from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton
 
-from pallas_kernels.attention import reference
+from pallas_kernels.attention import pallas_backward, pallas_kernel
+from pallas_kernels.attention.pallas_kernel import Shape
+from pallas_kernels.attention.reference import gathered
+from pallas_kernels.attention.terms import AttentionTerms, positions_of
 from pallas_kernels.errors import BackendError
-from pallas_kernels.kernel_math import LOG2_E, power_of_two
-from pallas_kernels.launch import gpu_refusal, kernel_precision, launch
+from pallas_kernels.kernel_math import power_of_two
+from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.tuning import tile_for
 
 FEW = 64  # queries of a kv head, tokens times heads of a group, up to which keys are split and not queries
 WIDEST = 256  # head_dim
 SMALLEST = 16  # sides of a tensor core's tile
-NOTHING = -1e30  # finite, so that a block that sees nothing gives no NaN
 BLOCKS = 264  # two for each processor of an H100
+NARROWEST_FP8 = (8, 9)  # Ada: the first that converts from e4m3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,13 +42,16 @@ class Tile:
     stages: int
 
 
-def heuristic(*, sequences: int, queries: int, kv_heads: int, tokens: int, size: int, dtype) -> Tile:
+def heuristic(*, sequences: int, queries: int, kv_heads: int, tokens: int, size: int, dtype, relative: bool = False) -> Tile:
     """Few queries: as many splits as fill the GPU, of at least two steps each. Exact products take registers: float32 in small steps."""
     width, exact = power_of_two(size), dtype == jnp.float32
     if queries > FEW:
-        # 128 rows of narrower heads spill on a B200, wider ones and int8 everywhere
-        rows = 32 if exact else 64 if width != 128 or dtype == jnp.int8 else 128
-        return Tile(queries=rows, keys=16 if exact else 32 if width > 128 else 64, splits=1, warps=4 if exact else 8, stages=2)
+        # 128 rows of narrower heads spill on a B200, with a relative bias on an A100, wider ones and 8 bits everywhere,
+        # and on a B200 8 bits in steps of 64 keys too
+        rows = 32 if exact else 64 if width != 128 or dtype.itemsize == 1 or relative else 128
+        return Tile(
+            queries=rows, keys=16 if exact else 32 if width > 128 or dtype.itemsize == 1 else 64, splits=1, warps=8, stages=2
+        )
     keys = min(64, max(SMALLEST, 2048 // width)) if exact else min(128, max(SMALLEST, 8192 // width))
     wanted = power_of_two(BLOCKS // (sequences * kv_heads) // 2 + 1)
     return Tile(
@@ -58,20 +63,6 @@ def heuristic(*, sequences: int, queries: int, kv_heads: int, tokens: int, size:
     )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Shape:
-    queries: int  # tokens of a sequence
-    group: int
-    size: int
-    tokens: int  # of the cache
-    scale: float
-    soft_cap: float | None
-    width: int  # of a head, a power of two
-    blocks: int  # of queries
-    few: bool
-    tile: Tile
-
-
 def supports_attention(target, facts) -> bool | str:
     if reason := gpu_refusal(target):
         return reason
@@ -79,196 +70,141 @@ def supports_attention(target, facts) -> bool | str:
         return "there is nothing to attend"
     if facts["shape"][-1] > WIDEST:
         return f"heads of {facts['shape'][-1]} do not fit the registers of a block, at most {WIDEST} do"
+    if facts["cache_dtype"] == "uint8":
+        return "it does not take int4 caches"
+    page = facts["tokens"]
+    if facts["paged"] and (page < SMALLEST or page & (page - 1)):
+        return f"it takes pages of 16, 32, 64 and further powers of two tokens, not of {page}"
+    if "float8" in facts["cache_dtype"] and target.capability is not None and target.capability < NARROWEST_FP8:
+        return f"{target.device_kind} cannot convert from {facts['cache_dtype']}"
     return True
 
 
-def attention(q, cache, *, rows, positions, scale, soft_cap, window):
-    return _attention(scale, soft_cap, q, cache, rows, positions, window)
+def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms):
+    return _attention(scale, soft_cap, q, cache, rows, positions_of(positions, q), window, terms)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, soft_cap, q, cache, rows, positions, window):
+def _attention(scale, soft_cap, q, cache, rows, positions, window, terms):
+    shape = _shape(scale, soft_cap, q, cache, rows, terms)
+    tile = shape.tile
+    if tile.splits == 1:
+        return _launch(q, cache, rows, positions, window, terms, shape=shape, saved=())["out"]
+    found = _launch(q, cache, rows, positions, window, terms, shape=shape, saved=())
+    if terms.sinks is not None:
+        found["sinks"] = terms.sinks
+    B, K = q.shape[0], cache.k.shape[1]
+    return launch(
+        functools.partial(pallas_kernel.reduce, names=(*found, "out"), shape=shape),
+        *found.values(),
+        name="decode_reduce",
+        out=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        grid=(B, K, shape.queries * shape.group),
+        warps=max(1, tile.splits * shape.width // 1024),
+    )
+
+
+def _shape(scale, soft_cap, q, cache, rows, terms, *, split: bool = True) -> Shape:
+    """What to compile. split: whether the keys of few queries may be."""
     B, T, N, H = q.shape
     K, S = cache.k.shape[1:3]
-    dtype = cache.k.dtype
-    G = N // K
-    default = heuristic(sequences=B, queries=T * G, kv_heads=K, tokens=S, size=H, dtype=dtype)
-    key = {"sequences": B, "queries": T * G, "kv_heads": K, "tokens": S, "head_dim": H, "dtype": str(dtype)}
-    tile = tile_for("attention", default, **key)
+    dtype, G = cache.k.dtype, N // K
+    paged = rows is not None and rows.ndim == 2
+    tokens = S * rows.shape[1] if paged else S
+    sizes = {"sequences": B, "queries": T * G, "kv_heads": K, "tokens": tokens}
+    default = heuristic(**sizes, size=H, dtype=dtype, relative=terms.relative is not None)
+    tile = tile_for("attention", default, **sizes, head_dim=H, dtype=str(dtype))
+    if not split:
+        tile = dataclasses.replace(tile, splits=1)
+    if paged:
+        tile = dataclasses.replace(tile, keys=min(tile.keys, S))
     blocks = -(-T * G // tile.queries)
     if blocks > 1 and tile.splits > 1:
         raise BackendError(f"attention: {T * G} queries in blocks of {tile.queries} leave no place for {tile.splits} splits")
-    shape = _Shape(
+    return Shape(
         queries=T,
         group=G,
         size=H,
-        tokens=S,
+        tokens=tokens,
+        page=S,
         scale=scale,
         soft_cap=soft_cap,
+        causal=terms.causal,
+        reach=terms.reach,
         width=max(SMALLEST, power_of_two(H)),
         blocks=blocks,
         few=T * G <= FEW,
         tile=tile,
     )
-    given = {"q": q, "positions": positions.astype(jnp.int32)}
-    given |= {} if rows is None else {"rows": rows.astype(jnp.int32)}
-    given |= {} if window is None else {"window": window.astype(jnp.int32).reshape(1)}
+
+
+def _launch(q, cache, rows, positions, window, terms, *, shape, saved) -> dict[str, jax.Array]:
+    """The first launch: the result and what of it is `saved`, or the partial sums of the splits."""
+    B, T, N, H = q.shape
+    K, tile = cache.k.shape[1], shape.tile
+    given = {"q": q} | shared_operands(positions, window, terms)
+    if rows is not None:
+        given["rows" if rows.ndim == 1 else "tables"] = rows.astype(jnp.int32)
     given |= {name: a for name in ("k", "v", "k_scale", "v_scale") if (a := getattr(cache, name)) is not None}
-    whole = jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)
     if tile.splits == 1:
-        out = {"out": whole}
+        out = {"out": jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)}
+        out |= {name: jax.ShapeDtypeStruct((B, T, N), jnp.float32) for name in saved}
     else:
-        part = (B, K, tile.splits, T * G)
-        out = {"sums": jax.ShapeDtypeStruct((*part, H), jnp.float32)}
-        out |= {name: jax.ShapeDtypeStruct(part, jnp.float32) for name in ("largest", "total")}
+        given.pop("sinks", None)
+        part = (B, K, tile.splits, T * shape.group)
+        out = {name: jax.ShapeDtypeStruct(part, jnp.float32) for name in ("largest", "total")}
+        out["sums"] = jax.ShapeDtypeStruct((*part, H), jnp.float32)
     found = launch(
-        functools.partial(_kernel, names=(*given, *out), shape=shape),
+        functools.partial(pallas_kernel.forward, names=(*given, *out), shape=shape),
         *given.values(),
         name="decode_attention" if shape.few else "prefill_attention",
         out=tuple(out.values()),
-        grid=(blocks * tile.splits, K, B),
+        grid=(shape.blocks * tile.splits, K, B),
         warps=tile.warps,
         stages=tile.stages,
     )
-    if tile.splits == 1:
-        return found[0]
-    return launch(
-        functools.partial(_reduce, shape=shape),
-        *found,
-        name="decode_reduce",
-        out=whole,
-        grid=(B, K, T * G),
-        warps=max(1, tile.splits * shape.width // 1024),
+    return dict(zip(out, found, strict=True))
+
+
+def shared_operands(positions, window, terms) -> dict[str, jax.Array]:
+    """What every kernel takes beside queries, keys and values."""
+    given = {"positions": positions}
+    given |= {} if window is None else {"window": window.astype(jnp.int32).reshape(1)}
+    return given | {name: getattr(terms, name) for name in terms.given}
+
+
+def _forward(scale, soft_cap, q, cache, rows, positions, window, terms):
+    shape = _shape(scale, soft_cap, q, cache, rows, terms, split=False)
+    found = _launch(q, cache, rows, positions, window, terms, shape=shape, saved=("lse",))
+    return found["out"], (q, cache, rows, positions, window, terms, found)
+
+
+def _backward(scale, soft_cap, kept, gradient):
+    q, cache, rows, positions, window, terms, found = kept
+
+    def floats(cache: LayerCache):
+        """Keys and values of each sequence as numbers [B, K, S, H]."""
+        own = gathered(cache, rows)
+        if own.k_scale is None or own.v_scale is None:
+            return own.k, own.v
+        return tuple(a.astype(jnp.float32) * s[..., None] for a, s in ((own.k, own.k_scale), (own.v, own.v_scale)))
+
+    (k, v), to_cache = jax.vjp(floats, cache)
+    done = pallas_backward.gradients(
+        q,
+        k,
+        v,
+        gradient.astype(jnp.float32),
+        operands=shared_operands(positions, window, terms),
+        out=found["out"],
+        lse=found["lse"],
+        scale=scale,
+        soft_cap=soft_cap,
+        terms=terms,
     )
+    of_terms = {name: done[name].astype(getattr(terms, name).dtype) for name in terms.given if name != "lengths"}
+    (of_cache,) = to_cache((done["k"].astype(k.dtype), done["v"].astype(v.dtype)))
+    return done["q"].astype(q.dtype), of_cache, None, None, None, AttentionTerms(causal=terms.causal, **of_terms)
 
 
-def _attention_forward(scale, soft_cap, *arrays):
-    return _attention(scale, soft_cap, *arrays), arrays
-
-
-def _attention_backward(scale, soft_cap, arrays, gradient):
-    def run(q, cache, rows, positions, window):
-        return reference.attention(q, cache, rows=rows, positions=positions, scale=scale, soft_cap=soft_cap, window=window)
-
-    return jax.vjp(run, *arrays)[1](gradient)
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def _kernel(*refs, names, shape):
-    ref = dict(zip(names, refs, strict=True))
-    tile = shape.tile
-    part, head, b = (pl.program_id(axis) for axis in range(3))
-    row = b if "rows" not in ref else ref["rows"][b]
-    # with one split a part is a block of queries, else a split of the keys; the blocks that see most keys start first
-    split = part if tile.splits > 1 else 0
-    queries = jnp.arange(tile.queries)
-    if shape.blocks > 1:
-        queries += (shape.blocks - 1 - part) * tile.queries
-    asked = queries < shape.queries * shape.group
-    token, member = queries // shape.group, queries % shape.group
-    at = triton.load(ref["positions"].at[jnp.broadcast_to(b, queries.shape), token], mask=asked, other=-1)
-
-    block = (tile.queries, shape.width)
-    across = lax.broadcasted_iota(jnp.int32, block, 1)
-    down = lambda a: jnp.broadcast_to(a[:, None], block)
-    inside = (across < shape.size) & asked[:, None]
-    where = (jnp.broadcast_to(b, block), down(token), down(head * shape.group + member), across)
-    q = triton.load(ref["q"].at[where], mask=inside, other=0.0).astype(jnp.float32) * shape.scale
-
-    # the keys that any of the queries sees, in equal parts of whole steps
-    end = jnp.minimum(jnp.max(at) + 1, shape.tokens)
-    begin, window = jnp.int32(0), None
-    if "window" in ref:
-        window = ref["window"][0]
-        first = jnp.min(jnp.where(asked, at, shape.tokens))
-        # first - window + 1, which may not be computed so: a window of 2^31 - 1 would leave int32 where first is -1
-        begin = jnp.where(first >= window, first - window + 1, 0)
-        begin = begin // tile.keys * tile.keys  # aligned loads
-    steps = (jnp.maximum(end - begin, 0) + tile.keys - 1) // tile.keys
-    each = (steps + tile.splits - 1) // tile.splits
-    begin += split * each * tile.keys
-    count = jnp.minimum(each, jnp.maximum(steps - split * each, 0))
-
-    def load(name, start, keys):
-        if ref[name].ndim == 3:
-            return triton.load(ref[name].at[row, head, pl.ds(start, tile.keys)], mask=keys < end, other=0.0)
-        mask = (keys < end)[:, None] & (jnp.arange(shape.width) < shape.size)[None]
-        return triton.load(ref[name].at[row, head, pl.ds(start, tile.keys), pl.ds(0, shape.width)], mask=mask, other=0)
-
-    dot = functools.partial(_dot, twice=shape.few)
-
-    def step(i, carry, masked=True):
-        sums, largest, total = carry
-        start = begin + i * tile.keys
-        keys = start + jnp.arange(tile.keys)
-        scores = dot(q, load("k", start, keys), across=True)
-        if "k_scale" in ref:
-            scores = scores * load("k_scale", start, keys)[None]
-        if shape.soft_cap is not None:
-            scores = shape.soft_cap * jnp.tanh(scores / shape.soft_cap)
-        scores = scores * LOG2_E
-        if masked:
-            seen = keys[None] <= at[:, None]
-            if window is not None:
-                seen &= at[:, None] - keys[None] < window
-            scores = jnp.where(seen, scores, NOTHING)
-        new = jnp.maximum(largest, jnp.max(scores, 1))
-        weights = jnp.exp2(scores - new[:, None])
-        if masked:
-            weights = jnp.where(seen, weights, 0.0)  # where a row sees nothing yet, largest is NOTHING too
-        shrink = jnp.exp2(largest - new)
-        total = total * shrink + jnp.sum(weights, 1)
-        if "v_scale" in ref:
-            weights = weights * load("v_scale", start, keys)[None]
-        return sums * shrink[:, None] + dot(weights, load("v", start, keys), across=False), new, total
-
-    empty = jnp.zeros(block, jnp.float32), jnp.full(tile.queries, NOTHING, jnp.float32), jnp.zeros(tile.queries, jnp.float32)
-    free = jnp.int32(0)
-    if shape.blocks > 1 and window is None:
-        # steps of keys that every query of the block sees; rows that are not asked are not stored
-        free = jnp.minimum((jnp.min(jnp.where(asked, at, shape.tokens)) + 1) // tile.keys, count)
-        empty = lax.fori_loop(0, free, functools.partial(step, masked=False), empty)
-    sums, largest, total = lax.fori_loop(free, count, step, empty)
-    if "out" in ref:
-        triton.store(ref["out"].at[where], sums / jnp.where(total == 0, 1.0, total)[:, None], mask=inside)
-        return
-    place = (b, head, split, pl.ds(0, tile.queries))
-    triton.store(ref["sums"].at[*place, pl.ds(0, shape.width)], sums, mask=inside)
-    triton.store(ref["largest"].at[place], largest, mask=asked)
-    triton.store(ref["total"].at[place], total, mask=asked)
-
-
-def _dot(a, b, *, across, twice):
-    """a float32 [M, x] times b, [n, x] where across, else [x, n], in the cache's dtype, accumulated in float32.
-
-    int8 levels are exact in bfloat16. twice: what they multiply is given in two parts, 16 bits of it, where products cost nothing.
-    """
-    transposed = (((1,), (1 if across else 0,)), ((), ()))
-    run = functools.partial(
-        lax.dot_general,
-        dimension_numbers=transposed,
-        preferred_element_type=jnp.float32,
-        precision=kernel_precision(b.dtype),
-    )
-    if b.dtype != jnp.int8:
-        return run(a.astype(b.dtype), b)
-    b, high = b.astype(jnp.bfloat16), a.astype(jnp.bfloat16)
-    if not twice:
-        return run(high, b)
-    return run(high, b) + run((a - high.astype(jnp.float32)).astype(jnp.bfloat16), b)
-
-
-def _reduce(sums_ref, largest_ref, total_ref, out_ref, *, shape):
-    b, head, query = (pl.program_id(axis) for axis in range(3))
-    splits = shape.tile.splits
-    largest = largest_ref[b, head, pl.ds(0, splits), query]
-    total = total_ref[b, head, pl.ds(0, splits), query]
-    weights = jnp.exp2(largest - jnp.max(largest, 0))
-    mask = jnp.broadcast_to((jnp.arange(shape.width) < shape.size)[None], (splits, shape.width))
-    sums = triton.load(sums_ref.at[b, head, pl.ds(0, splits), query, pl.ds(0, shape.width)], mask=mask, other=0.0)
-    whole = jnp.sum(weights * total, 0)
-    out = jnp.sum(sums * weights[:, None], 0) / jnp.where(whole == 0, 1.0, whole)
-    where = (b, query // shape.group, head * shape.group + query % shape.group, pl.ds(0, shape.width))
-    triton.store(out_ref.at[where], out, mask=jnp.arange(shape.width) < shape.size)
+_attention.defvjp(_forward, _backward)

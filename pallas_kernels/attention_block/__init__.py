@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -12,15 +13,18 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import KINDS
 from pallas_kernels.registry import choose, register, register_file
+from pallas_kernels.target import Target
 
 register("attention_block", "reference", reference.attention_block)
-register(
-    "attention_block",
-    "native",
-    native.attention_block,
-    supports=native.supports_attention_block,
-    priority=native.PRIORITY,
-)
+
+
+def _supports_native(target: Target, facts: Mapping[str, Any]) -> bool | str:
+    if facts["spec"].integer:
+        return "it multiplies floats; integer attention runs through XLA"
+    return native.supports_attention_block(target, facts)
+
+
+register("attention_block", "native", native.attention_block, supports=_supports_native, priority=native.PRIORITY)
 register_file("attention_block", "pallas", "pallas_kernels.attention_block.pallas")
 
 
@@ -50,7 +54,8 @@ class AttentionWeights:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionSpec:
     """What is fixed when a program is compiled. group: query heads per kv head on this shard. scale, soft_cap: of the scores, see
-    `attention`. norm: one of `norm.KINDS`, of x and of the heads of q and k alike; eps: theirs."""
+    `attention`. norm: one of `norm.KINDS`, of x and of the heads of q and k alike; eps: theirs. integer: products of queries and keys, and
+    of weights and values, are of 8-bit levels, see `integer_attention`."""
 
     head_dim: int
     group: int
@@ -58,6 +63,7 @@ class AttentionSpec:
     eps: float
     norm: str = "rms"
     soft_cap: float | None = None
+    integer: bool = False
 
 
 def attention_block(

@@ -14,7 +14,7 @@ from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
 from pallas_kernels.rope_cache import reference as rope_reference
-from pallas_kernels.rope_cache.pallas import WIDEST, HeadNorm, rope_cache_joined
+from pallas_kernels.rope_cache.pallas import WIDEST, HeadNorm, cache_refusal, rope_cache_joined
 
 
 def supports_attention_block(target, facts) -> bool | str:
@@ -22,6 +22,10 @@ def supports_attention_block(target, facts) -> bool | str:
         return reason
     if 0 in facts["shape"]:
         return "there are no tokens"
+    if facts["spec"].integer:
+        return "it multiplies floats; integer attention runs through XLA"
+    if facts["cache"] is not None and (reason := cache_refusal(str(facts["cache"].k.dtype))):
+        return reason
     size = facts["spec"].head_dim
     return True if size <= WIDEST else f"heads of {size} do not fit the registers of a block, at most {WIDEST} do"
 

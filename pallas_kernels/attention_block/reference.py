@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import attention
+from pallas_kernels.integer_attention import integer_attention
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul import quant_matmul
@@ -36,7 +37,8 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
         else:
             q, cache = rope_cache(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write)
     with jax.named_scope("attention"):
-        o = attention(q, cache, rows=rows, positions=positions, scale=spec.scale, soft_cap=spec.soft_cap, window=window)
+        attend = integer_attention if spec.integer else attention
+        o = attend(q, cache, rows=rows, positions=positions, scale=spec.scale, soft_cap=spec.soft_cap, window=window)
         o = o.reshape(B, T, -1)
     with jax.named_scope("out"):
         y = quant_matmul(o, weights.out, bias=weights.out_bias, max_over_shards=max_over_shards)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.dropout import Dropout, check_dropout
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.norm import reference
 from pallas_kernels.norm.output import NormOutput
@@ -71,18 +72,20 @@ def fused_norm(
     eps: float,
     residual=None,
     activation: str | None = None,
+    dropout: Dropout | None = None,
     quant: ActivationQuant | None = None,
     out_dtype=None,
     implementation: str | None = None,
 ) -> NormOutput:
     """A norm with what stands before and after it, in one pass over memory.
 
-        t = x + residual            y = activation(norm(t))            levels, scales = quantize_activations(y)
+        t = x + residual          y = dropout(activation(norm(t)))          levels, scales = quantize_activations(y)
 
     x: float [..., D]. scale, bias, kind, eps: see `norm`; a layer norm takes None for either. residual: float [..., D] or None.
-    activation: one of `ACTIVATIONS`, or None. quant: makes y INT8 or FP8 levels with scales per token or per group of D; the sum before
-    it is not rounded. out_dtype: of y where it is not quantised, x's by default. float32 inside; t is returned in the wider of the two
-    dtypes. Differentiable. Raises ShapeError. Source: see `rms_norm`, `layer_norm` and `quantize_activations`.
+    activation: one of `ACTIVATIONS`, or None. dropout: see `Dropout`; the gradient makes the same choices again. quant: makes y INT8 or
+    FP8 levels with scales per token or per group of D; the sum before it is not rounded. out_dtype: of y where it is not quantised, x's
+    by default. float32 inside; t is returned in the wider of the two dtypes. Differentiable. Raises ShapeError.
+    Source: see `rms_norm`, `layer_norm`, `Dropout` and `quantize_activations`.
     """
     if kind not in KINDS:
         raise ShapeError(f"fused_norm: kind {kind!r} is not one of {KINDS}")
@@ -93,6 +96,7 @@ def fused_norm(
     _check("fused_norm", x, scale=scale, bias=bias)
     if residual is not None and residual.shape != x.shape:
         raise ShapeError(f"fused_norm: residual must be {list(x.shape)} as x, got {list(residual.shape)}")
+    check_dropout("fused_norm", dropout, x.shape)
     run = choose("fused_norm", implementation, shape=x.shape, dtype=x.dtype, quant=quant)
     return run.function(
         x,
@@ -102,6 +106,7 @@ def fused_norm(
         eps=eps,
         residual=residual,
         activation=activation,
+        dropout=dropout,
         quant=quant,
         out_dtype=jnp.dtype(out_dtype or x.dtype),
     )

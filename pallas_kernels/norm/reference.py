@@ -1,20 +1,12 @@
 """Root-mean-square and layer normalisation in plain jnp, float32 inside: the meaning of the operation."""
 
-import functools
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import dropout as dropping
+from pallas_kernels.activation.reference import ACTIVATIONS
 from pallas_kernels.norm.output import NormOutput
 from pallas_kernels.quantize import quantize_activations
-
-ACTIVATIONS: dict[str, Callable] = {
-    "silu": jax.nn.silu,
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
-    "gelu_tanh": jax.nn.gelu,
-    "relu": jax.nn.relu,
-}
 
 
 def rms_norm(x, scale, *, eps: float, unit_offset: bool, out_dtype):
@@ -37,7 +29,7 @@ def layer_norm(x, scale, bias, *, eps: float, out_dtype):
     return y.astype(out_dtype)
 
 
-def fused_norm(x, scale, bias, *, kind, eps, residual, activation, quant, out_dtype):
+def fused_norm(x, scale, bias, *, kind, eps, residual, activation, dropout, quant, out_dtype):
     total = None
     if residual is not None:
         dtype = jnp.promote_types(x.dtype, residual.dtype)
@@ -49,6 +41,7 @@ def fused_norm(x, scale, bias, *, kind, eps, residual, activation, quant, out_dt
         y = rms_norm(x, scale, eps=eps, unit_offset=kind == "rms_offset", out_dtype=jnp.float32)
     if activation is not None:
         y = ACTIVATIONS[activation](y)
+    y = dropping.apply(y, dropout)
     if quant is None:
         return NormOutput(y=y.astype(out_dtype), total=total)
     levels, scales = quantize_activations(y, quant, implementation="reference")

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.models import MODELS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NormSpec:
@@ -12,9 +14,10 @@ class NormSpec:
 
 
 SPECS = {
-    "smollm2_135m": NormSpec(width=576, eps=1e-5),
-    "llama_3_1_8b": NormSpec(width=4096, eps=1e-5),
-    "llama_2_7b": NormSpec(width=4096, eps=1e-6),
+    **{
+        name: NormSpec(width=MODELS[name].embed, eps=MODELS[name].eps)
+        for name in ("smollm2_135m", "llama_3_1_8b", "llama_2_7b")
+    },
     "odd.42": NormSpec(width=42, eps=1e-5),
     "odd.1": NormSpec(width=1, eps=1e-6),
 }

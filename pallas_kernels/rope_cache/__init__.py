@@ -44,12 +44,13 @@ def rope_cache(
 
     q: float [B, T, N, H]; k, v: float [B, T, K, H]. cos, sin: see `rope`, or None where nothing is rotated. cache: [R, K, S, H] arrays.
     rows: int32 [B], the cache row of each sequence, or None where the rows are the batch. positions: int32 [B, T], where each token
-    goes. write: bool [B, T]; False drops the write, and so does a position past S; None writes all, which lie within S.
+    goes. write: bool [B, T]; False drops the write, and so does a position past S; None writes all, which lie within S. Of an int4 cache
+    the positions of a sequence follow one another, and what is dropped comes last.
     interleaved: see `rope`. Returns the rotated q, float32 [B, T, N, H], and the cache. Raises ShapeError.
     """
     if cos is not None:
         _check_angles("rope_cache", q, cos, sin)
-    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or (k.shape[2], k.shape[3]) != (cache.k.shape[1], cache.k.shape[3]):
+    if k.shape != v.shape or k.shape[:2] != q.shape[:2] or (k.shape[2], k.shape[3]) != (cache.k.shape[1], cache.head_dim):
         raise ShapeError(f"rope_cache: k {list(k.shape)} and v {list(v.shape)} do not fit a cache {list(cache.k.shape)}")
     if rows is None and cache.rows != q.shape[0]:
         raise ShapeError(f"rope_cache: without row ids the cache must have {q.shape[0]} rows, it has {cache.rows}")

@@ -54,7 +54,12 @@ class _Shape:
 
 
 def supports_rope_cache(target, facts) -> bool | str:
-    return gpu_refusal(target) or _size_refusal(facts) or True
+    return gpu_refusal(target) or cache_refusal(facts["cache_dtype"]) or _size_refusal(facts) or True
+
+
+def cache_refusal(dtype: str) -> str | None:
+    """Why caches of a dtype are not written, or None."""
+    return f"it does not write caches of {dtype}" if dtype in ("uint8", "float8_e4m3fn") else None
 
 
 def supports_rope(target, facts) -> bool | str:

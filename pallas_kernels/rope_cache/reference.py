@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.rope_cache import int4
+
 
 def rope(x, cos, sin, *, interleaved=False):
     half = cos.shape[-1]
@@ -22,11 +24,13 @@ def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write, interleaved=
         heads = q.shape[2]
         rotated = rope(jnp.concatenate([q, k], 2), cos, sin, interleaved=interleaved)  # one pass over both
         q, k = rotated[:, :, :heads], rotated[:, :, heads:]
+    if cache.format == "int4":
+        return q, lax.optimization_barrier(int4.append(cache, k, v, rows=rows, positions=positions, write=write))
     new = cache.encode(k, v)
     if write is None and q.shape[1] == 1:
-        # one token a row: slice updates take a third of a scatter's time on XLA:CPU. Without the barrier XLA writes one copy of the
-        # cache for the attention and one for the result
-        return q, lax.optimization_barrier(jax.tree.map(lambda c, n: _put_rows(c, n, rows, positions[:, 0]), cache, new))
+        # one token a row. Without the barrier XLA writes one copy of the cache for the attention and one for the result
+        put_row = lambda c, n: int4.put_rows(c, jnp.swapaxes(n, 1, 2), rows, positions[:, 0])
+        return q, lax.optimization_barrier(jax.tree.map(put_row, cache, new))
     rows = jnp.arange(q.shape[0]) if rows is None else rows
     where = positions if write is None else jnp.where(write, positions, cache.tokens)  # past the end: dropped
 
@@ -34,11 +38,3 @@ def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write, interleaved=
         return c.at[rows[:, None], :, where].set(n, mode="drop")
 
     return q, jax.tree.map(put, cache, new)
-
-
-def _put_rows(cache, new, rows, positions):
-    new = jnp.swapaxes(new, 1, 2)  # [B, 1, K, ...] -> [B, K, 1, ...]
-    for b in range(new.shape[0]):
-        start = (b if rows is None else rows[b], 0, positions[b], *[0] * (cache.ndim - 3))
-        cache = lax.dynamic_update_slice(cache, new[b : b + 1], start)
-    return cache

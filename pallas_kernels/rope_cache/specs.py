@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.models import MODELS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class HeadSpec:
@@ -15,10 +17,10 @@ class HeadSpec:
 
 
 SPECS = {
-    "smollm2_135m": HeadSpec(heads=9, kv_heads=3, head_dim=64, rotated=64),
-    "llama_3_1_8b": HeadSpec(heads=32, kv_heads=8, head_dim=128, rotated=128),
-    "llama_2_7b": HeadSpec(heads=32, kv_heads=32, head_dim=128, rotated=128),
-    "gemma_2_9b": HeadSpec(heads=16, kv_heads=8, head_dim=256, rotated=256, soft_cap=50.0),
+    **{
+        name: HeadSpec(heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim, rotated=m.head_dim, soft_cap=m.soft_cap)
+        for name, m in MODELS.items()
+    },
     "phi_3_mini": HeadSpec(heads=32, kv_heads=32, head_dim=96, rotated=96),
     "odd": HeadSpec(heads=6, kv_heads=2, head_dim=20, rotated=12),
 }

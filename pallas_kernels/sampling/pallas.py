@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.kernel_math import power_of_two
+from pallas_kernels.kernel_math import masked_slice, power_of_two
 from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.sampling.random import gumbel
 from pallas_kernels.sampling.reference import kept_from
@@ -103,7 +103,7 @@ def _best_of_block(*refs, names, vocab, tokens):
 
 
 def _best_of_row(id_ref, value_ref, best_ref, largest_ref, *, blocks):
-    b, places = pl.program_id(0), pl.ds(0, power_of_two(blocks))
+    b, places = pl.program_id(0), masked_slice(0, power_of_two(blocks))
     inside = jnp.arange(power_of_two(blocks)) < blocks
     values = triton.load(value_ref.at[b, places], mask=inside, other=-jnp.inf)
     ids = triton.load(id_ref.at[b, places], mask=inside, other=LAST_ID)

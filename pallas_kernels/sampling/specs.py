@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.models import MODELS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocabSpec:
@@ -12,9 +14,7 @@ class VocabSpec:
 
 
 SPECS = {
-    "smollm2_135m": VocabSpec(size=49152),
-    "llama_3_1_8b": VocabSpec(size=128256),
-    "llama_2_7b": VocabSpec(size=32000),
+    **{name: VocabSpec(size=MODELS[name].vocabulary) for name in ("smollm2_135m", "llama_3_1_8b", "llama_2_7b")},
     "odd.257": VocabSpec(size=257, padding=3),
     "odd.1": VocabSpec(size=1),
 }

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.kernel_math import LOG2_E, power_of_two
+from pallas_kernels.kernel_math import LOG2_E, masked_slice, power_of_two
 from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.softmax.reference import LEAST
 from pallas_kernels.tuning import tile_for
@@ -59,7 +59,7 @@ def _kernel(*refs, names, tile, rows, width, scale):
 
     def load(step):
         """A step of the rows: where it lies, what of it is in the array, what is kept, and the values."""
-        place = (pl.ds(first, tile.rows), pl.ds(step * tile.width, tile.width))
+        place = (pl.ds(first, tile.rows), masked_slice(step * tile.width, tile.width))
         inside = kept_rows & (step * tile.width + columns < width)
         kept = inside
         if "mask" in ref:

@@ -12,9 +12,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 from kernel_checks import kernels
 
 import jaxinfer
+from jaxinfer.api import open_model
+from jaxinfer.config import EngineConfig
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
 from jaxinfer.placement import place
 from jaxinfer.programs import STATE, Programs
+from jaxinfer.sampling import SamplingArrays
+from jaxinfer.tuning import FORMS, shapes_of_llama
+from pallas_kernels import tuner
 from pallas_kernels.deviceless import inspect, topology_mesh
 from pallas_kernels.qtensor import round_to_nearest
 from sharding.mesh import make_mesh
@@ -34,7 +39,7 @@ CONFIG = ModelConfig(
 TOKENS = 1000  # of the cache, unlike any other size
 
 
-def program(weights: str, cache, gpu: str):
+def program(weights: str, cache, gpu: str, precision: str | None = None):
     """What `gpu` runs for a step of one sequence, and the shapes of cache and weights."""
     model = Decoder(CONFIG)
     for _, p in nnx.iter_graph(model):
@@ -50,7 +55,7 @@ def program(weights: str, cache, gpu: str):
         tree,
     )
     placed = dataclasses.replace(here, mesh=mesh, weights=there(None, here.weights))
-    programs = Programs(placed, cache_dtype=cache)
+    programs = Programs(placed, cache_dtype=cache, matmul_precision=precision)
     state = jax.eval_shape(programs.state(1, TOKENS))
     fields = [f.name for f in dataclasses.fields(STATE)]
     state = dataclasses.replace(state, **{name: there(getattr(STATE, name), getattr(state, name)) for name in fields})
@@ -74,6 +79,67 @@ def test_launches_of_a_layer(weights, cache, gpu):
     layers = found.launches[first : found.launches.index("norm")]  # the last norm comes after them
     assert len(layers) <= 8 * CONFIG.layers, layers
     assert [layers.count(name) for name in ("rope_cache", "decode_attention", "decode_reduce")] == [CONFIG.layers] * 3
+    assert copies(found.text, shapes) == []
+    assert all(kernel.spilled == 0 for kernel in found.kernels)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "instruction"), [("highest", ""), ("high", "tf32"), ("default", "tf32")])
+def test_the_precision_of_float32_reaches_the_kernels(precision, instruction):
+    """In attention over a float32 cache, as the instruction that multiplies; in a matmul, as the bfloat16 that an input becomes."""
+    found: list = []
+    tasks = tuner.record(lambda: found.append(program("int8", jnp.float32, "a100", precision)))
+    used = {kernel.name: kernel.tensor_cores for kernel in found[0][0].kernels}
+    assert instruction in used["decode_attention"] and bool(used["decode_attention"]) == bool(instruction)
+    terms = {task.key["terms"] for task in tasks if task.op == "quant_matmul" and task.key["format"] == "int8"}
+    assert terms == {1 if precision == "default" else 2}
+
+
+def of_llama(form: dict, tensor: int, name: str):
+    """What an H100 runs for one sequence with two layers of Llama-3.1-8B on `tensor` of them, and the shapes of cache and weights there."""
+    config = {"inference_max_tokens": TOKENS, "micro_batch_size": 1, "kv_cache": {"dtype": "bfloat16"}}
+    config = dataclasses.replace(EngineConfig.load(config | {"tensor_parallel": {"tp_size": tensor}}), **form)
+    with shapes_of_llama(layers=2) as folder:
+        engine = open_model(folder, config, devices=list(topology_mesh("h100", (tensor,), ("x",)).devices)).engine()
+    programs = engine.programs
+    state = jax.eval_shape(programs.state(1, TOKENS))
+    if name == "decode":
+        program, more = programs.decode(0, ()), (state, jax.ShapeDtypeStruct((), jnp.int32))
+    else:
+        struct = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
+        program, more = programs.prefill(0), (struct(1, 512), struct(1), jax.eval_shape(lambda: SamplingArrays.zeros((1,))))
+    found = inspect(program.lower(*program.abstract(programs.shapes, *more)))
+    arrays = [a for a in jax.tree.leaves((programs.shapes, state.caches)) if a.size > 1 << 20]
+    shapes = {a.sharding.shard_shape(a.shape) if isinstance(a.sharding, NamedSharding) else a.shape for a in arrays}
+    return found, shapes | {shape[1:] for shape in shapes}
+
+
+BFLOAT16, INT8, INT4 = FORMS
+COLLECTIVE = ("kNccl", "kAllReduce", "kCollective")  # thunks; a sum over shards after each half of a layer
+
+
+@pytest.mark.parametrize(
+    ("form", "tensor", "name"),
+    [
+        pytest.param(form, tensor, name, id=f"{title}-{tensor}-{name}", marks=pytest.mark.slow if kept else pytest.mark.full)
+        for title, form in (("bfloat16", BFLOAT16), ("int8", INT8), ("int4", INT4))
+        for tensor in (1, 8)
+        for name in ("decode", "prefill")
+        for kept in [(title, tensor, name) in (("int8", 1, "decode"), ("int4", 8, "decode"), ("int4", 1, "prefill"))]
+    ],
+)
+def test_launches_of_a_layer_of_llama_3_1_8b(form, tensor, name):
+    found, shapes = of_llama(form, tensor, name)
+    first, second = (i for i, launch in enumerate(found.launches) if launch == f"{name}_attention")
+    layer = found.launches[first:second]
+    kernels = [launch for launch in layer if not launch.startswith(COLLECTIVE)]
+    limit = {"decode": 8, "prefill": 14}[name]
+    if tensor > 1:
+        limit += 1 if name == "decode" else 2  # in each half, the residual is zeroed on all ranks but the first
+    if form is BFLOAT16 and name == "prefill":
+        limit += 3  # XLA's products are not fused with casts and residuals where it cannot ask cuBLAS
+    assert len(kernels) <= limit, kernels
+    assert ("all-reduce" in found.text) == (tensor > 1)
     assert copies(found.text, shapes) == []
     assert all(kernel.spilled == 0 for kernel in found.kernels)
 

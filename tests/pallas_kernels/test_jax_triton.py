@@ -1,5 +1,6 @@
 """Kernels in the Triton language, where jax-triton is installed: their numbers in its interpreter, and compiled without a GPU."""
 
+import importlib.util
 import os
 import re
 import subprocess
@@ -12,9 +13,10 @@ import pytest
 
 from pallas_kernels.deviceless import compile_for
 from pallas_kernels.errors import BackendError
+from pallas_kernels.jax_triton import register_triton
 from pallas_kernels.qtensor import round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
-from pallas_kernels.registry import choose
+from pallas_kernels.registry import choose, unregister
 from pallas_kernels.target import Target
 
 GPU = Target(platform="gpu", device_kind="NVIDIA H100 80GB HBM3")
@@ -42,6 +44,22 @@ def test_what_it_does_not_take_is_said():
     for facts, reason in (({"format": "int8"}, "not int8"), ({"rows": 9}, "not 9"), ({"group": 48}, "not 48")):
         with pytest.raises(BackendError, match=reason):
             choose("quant_matmul", "jax_triton", GPU, **{**FACTS, **facts})
+
+
+def test_a_kernel_of_a_user_is_refused_where_it_cannot_run():
+    implementation = register_triton("of_a_user", "triton", lambda x: x, kernels=())
+    try:
+        assert "made for gpu, not for cpu" in implementation.refusal(Target(platform="cpu", device_kind="cpu"), {})
+        assert "has 7.0" in implementation.refusal(Target(platform="gpu", device_kind="NVIDIA Tesla V100-SXM2"), {})
+        reason = implementation.refusal(GPU, {})
+        if importlib.util.find_spec("jax_triton") is None:
+            assert reason == "the package jax_triton is not installed"
+        else:
+            assert reason is None
+            unknown = Target(platform="gpu", device_kind="NVIDIA of another year")
+            assert implementation.refusal(unknown, {}) == "the compute capability of NVIDIA of another year is not known"
+    finally:
+        unregister("of_a_user", "triton")
 
 
 def test_numbers_in_the_interpreter(rng):

@@ -128,6 +128,7 @@ FUSED = [
     ("layer", "int8", 3, (30, 30), True, "gelu_tanh", True),
     ("rms", "int4-32-minimum", 17, (36,), True, "silu", True),
     (None, "int8-64", 2, (40,), False, "relu", True),
+    ("rms", "bfloat16", 20, (30, 30), True, "silu", True),
 ]
 FUSED_SLOW = [
     ("layer", "int4-64", 1, (40, 20), False, None, True),
@@ -255,6 +256,22 @@ def test_compiles_for_gpus(spec, form, rows, gpu):
     found = compiled(gpu, quant_matmul, jax.ShapeDtypeStruct((rows, spec.inputs), jnp.float32), w, launches=("quant_matmul",))
     (kernel,) = found.kernels
     assert kernel.widest_load >= 8 and kernel.tensor_cores
+
+
+@pytest.mark.parametrize(
+    ("gpu", "instruction"),
+    [
+        ("a100", "s32.s8.s8.s32"),
+        pytest.param("h100", "s32.s8.s8", marks=pytest.mark.slow),
+        pytest.param("b200", "kind::i8", marks=pytest.mark.slow),
+    ],
+)
+def test_int8_meets_int8_on_tensor_cores(gpu, instruction):
+    spec = SPECS["smollm2_135m.gate"]
+    w, x = shapes_of(spec.outputs, spec.inputs, "int8", "token"), jax.ShapeDtypeStruct((512, spec.inputs), jnp.float32)
+    found = compiled(gpu, quant_matmul, x, w, launches=("quantize_activations", "quant_matmul"))
+    (product,) = (kernel for kernel in found.kernels if kernel.name == "quant_matmul")
+    assert instruction in product.tensor_cores
 
 
 @pytest.mark.parametrize(

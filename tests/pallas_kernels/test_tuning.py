@@ -1,6 +1,8 @@
 """Tiles: explicit over tuned over heuristic; GPUs by name; kernels' files, each of which may be missing."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import subprocess
@@ -8,12 +10,13 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import gpus, tuning
-from pallas_kernels.deviceless import topology_mesh
+from pallas_kernels.deviceless import compile_for, topology_mesh
 from pallas_kernels.errors import BackendError
-from pallas_kernels.launch import gpu_refusal, kernel_precision
+from pallas_kernels.launch import gpu_refusal, kernel_precision, launch
 from pallas_kernels.target import Target, current_target, interpreted, interpreting
 from pallas_kernels.tuning import device_folder, tile_for, tiles
 
@@ -26,18 +29,22 @@ class Tile:
     warps: int = 4
 
 
+H100 = gpus.GPUS["h100"].device_kind
+
+
+def entry(width: int, rows: int) -> tuning.Entry:
+    return tuning.Entry(key={"width": width, "dtype": "float32"}, tile={"rows": rows}, seconds=1e-6, default_seconds=2e-6)
+
+
 @pytest.fixture
 def tuned(tmp_path, monkeypatch):
-    """A table of a GPU for the operation `twice`."""
-    folder = tmp_path / "nvidia_h100_80gb_hbm3"
-    folder.mkdir()
-    entry = {"key": {"width": 64, "dtype": "float32"}, "tile": {"rows": 8}, "seconds": 1e-6}
-    (folder / "twice.json").write_text(json.dumps({"entries": [entry]}))
-    monkeypatch.setattr(tuning, "TUNED", tmp_path)
-    tuning._table.cache_clear()
+    """A table of a GPU for the operation `twice`, as the package might bring one; the user has none."""
+    monkeypatch.setattr(tuning, "SHIPPED", tmp_path / "shipped")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuning.save(tmp_path / "shipped", H100, "twice", [entry(64, 8)])
     tuning._log_miss.cache_clear()
     yield
-    tuning._table.cache_clear()
+    tuning.forget()
 
 
 def test_explicit_then_tuned_then_heuristic(tuned, caplog):
@@ -58,6 +65,29 @@ def test_explicit_then_tuned_then_heuristic(tuned, caplog):
         tile_for("twice", Tile())
 
 
+def test_what_the_user_tuned_comes_before_what_the_package_brings(tuned):
+    path = tuning.save(tuning.user_folder(), H100, "twice", [entry(64, 16), entry(32, 4)])
+    assert path == tuning.user_folder() / "v1" / "nvidia_h100_80gb_hbm3" / "twice.json"
+    tuning.save(tuning.user_folder(), H100, "twice", [entry(32, 2)])
+    table = json.loads(path.read_text())
+    assert (table["op"], table["device"], table["jax"]) == ("twice", H100, jax.__version__)
+    assert [e["tile"] for e in table["entries"]] == [{"rows": 2}, {"rows": 16}]
+    ask = lambda width: tile_for("twice", Tile(), width=width, dtype="float32")
+    with interpreting():
+        assert [ask(64), ask(32)] == [Tile(rows=16), Tile(rows=2)]
+        with tiles({"twice": {"rows": 3}}, key={"width": 32, "dtype": "float32"}):
+            assert [ask(64), ask(32)] == [Tile(rows=16), Tile(rows=3)]
+    for text, reason in (("{", "cannot be read"), ('{"entries": [{"key": 1, "tile": {}}]}', "have no keys")):
+        path.write_text(text)
+        tuning.forget()
+        with interpreting(), pytest.raises(BackendError, match=f"{path}.*{reason}|{reason}.*"):
+            ask(64)
+    path.write_text(json.dumps({"entries": [{"key": {"width": 64, "dtype": "float32"}, "tile": {"columns": 1}}]}))
+    tuning.forget()
+    with interpreting(), pytest.raises(BackendError, match=f"{path}.*its tile has no columns"):
+        ask(64)
+
+
 def test_devices():
     assert device_folder("NVIDIA A100-SXM4-80GB") == "nvidia_a100_sxm4_80gb"
     for gpu in gpus.GPUS.values():
@@ -70,8 +100,18 @@ def test_devices():
         "?": None,
     }
     assert {kind: gpus.capability(kind) for kind in kinds} == kinds
+    for gpu in gpus.KNOWN.values():
+        assert gpus.describe(gpu.device_kind) == gpu
+    alike = {
+        "NVIDIA GeForce RTX 3090": "a10",
+        "NVIDIA L4": "l40s",
+        "NVIDIA GH200 480GB": "h100",
+        "NVIDIA A800": "a100",
+        "?": "a10",
+    }
+    assert {kind: gpus.describe(kind) for kind in alike} == {kind: gpus.KNOWN[name] for kind, name in alike.items()}
     assert Target(platform="cpu", device_kind="cpu").capability is None
-    with pytest.raises(BackendError, match="GPU 'k80' is not one of a100, h100, b200"):
+    with pytest.raises(BackendError, match="GPU 'k80' is not one of a100, h100, b200, a10, l40s, h200"):
         topology_mesh("k80", (1,), ("x",))
 
 
@@ -82,7 +122,9 @@ def test_interpreting():
 
 
 FILES = sorted(
-    ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "pallas_kernels").glob("*/pallas*.py")
+    ".".join(path.relative_to(ROOT).with_suffix("").parts)
+    for path in (ROOT / "pallas_kernels").glob("*/*.py")
+    if path.name.startswith(("pallas", "mosaic"))
 )
 WITHOUT = """
 import importlib.abc, sys, warnings
@@ -164,3 +206,18 @@ def test_float32_is_exact_in_kernels_unless_jax_is_told_otherwise():
         assert kernel_precision("float32") == jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
     with jax.default_matmul_precision("tensorfloat32"):
         assert kernel_precision("float32") == jax.lax.Precision.DEFAULT
+
+
+@pytest.mark.parametrize(("precision", "instruction"), [(None, ""), ("high", "tf32"), ("default", "tf32")])
+def test_the_precision_shows_in_the_instruction_that_multiplies(precision, instruction):
+    def run(x, w):
+        def kernel(x_ref, w_ref, y_ref):
+            dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+            y_ref[...] = dot(x_ref[...], w_ref[...], (((1,), (0,)), ((), ())), precision=kernel_precision(x_ref.dtype))
+
+        return launch(kernel, x, w, name="product", out=x, grid=(1,), warps=4)
+
+    square = jax.ShapeDtypeStruct((32, 32), jnp.float32)
+    with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
+        (kernel,) = compile_for("a100", run, square, square).kernels
+    assert instruction in kernel.tensor_cores and bool(kernel.tensor_cores) == bool(instruction)
