@@ -6,6 +6,7 @@ cannot tell.
 
 import dataclasses
 import functools
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceSharding, use_abstract_mesh
 
 from pallas_kernels.errors import BackendError
-from pallas_kernels.gpus import GPUS, Gpu
+from pallas_kernels.gpus import KNOWN, Gpu
 from pallas_kernels.uncached import without_compilation_cache
 
 _DESCRIPTION = """gpu_device_info {{
@@ -42,7 +43,7 @@ device_description_str: "{gpu.device_kind}"
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kernel:
     """One kernel of a compiled program. spilled: bytes of registers kept in local memory. widest_load: bytes of global memory that one
-    thread reads in its widest instruction. tensor_cores: instruction of theirs that it uses, or ""."""
+    thread reads in its widest instruction. tensor_cores: the first instruction of theirs that it uses, or ""."""
 
     name: str
     registers: int
@@ -56,15 +57,24 @@ class Kernel:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Compiled:
     """A program for a GPU. text: optimised HLO. kernels: each once. launches: what its thunks start in order, loop bodies once; a kernel by
-    its name, other thunks by their kind."""
+    its name, other thunks by their kind. executable: to be run where there is that GPU."""
 
     text: str
     kernels: tuple[Kernel, ...]
     launches: tuple[str, ...]
+    executable: jax.stages.Compiled
+
+
+_OF_XLA = ("fusion", "wrapped_", "input_", "loop_")
+
+
+def is_ours(kernel: Kernel) -> bool:
+    """Whether a kernel was written here, and is none that XLA made of what stands around it."""
+    return not any(part in kernel.name for part in _OF_XLA)
 
 
 def topology_mesh(name: str, shape: tuple[int, ...], names: tuple[str, ...], *, hosts: int = 1) -> Mesh:
-    """A mesh of GPUs of one host or several alike, to lower and compile for; nothing can be put on it. name: one of `gpus.GPUS`."""
+    """A mesh of GPUs of one host or several alike, to lower and compile for; nothing can be put on it. name: one of `gpus.KNOWN`."""
     gpu = _gpu(name)
     count = int(np.prod(shape))
     major, minor = gpu.capability
@@ -109,21 +119,29 @@ def inspect(lowered: Any) -> Compiled:
     shared = {name: int(size) for name, size in re.findall(r"(\S+) grid: .*shared_memory: (\d+) bytes", thunks)}
     kernels = tuple(kernel for part in ptx if part.strip() for kernel in _kernels(part, shared))
     started = re.findall(r"^\s*\d+: (k\w+) *(?:\[[^\]]*\])? *(?:(\S+) grid:)?", thunks, re.M)
-    return Compiled(text=compiled.as_text(), kernels=kernels, launches=tuple(name or kind for kind, name in started))
+    return Compiled(
+        text=compiled.as_text(), kernels=kernels, launches=tuple(name or kind for kind, name in started), executable=compiled
+    )
 
 
 def _gpu(name: str) -> Gpu:
-    if name not in GPUS:
-        raise BackendError(f"GPU {name!r} is not one of {', '.join(GPUS)}")
-    return GPUS[name]
+    if name not in KNOWN:
+        raise BackendError(f"GPU {name!r} is not one of {', '.join(KNOWN)}")
+    return KNOWN[name]
 
 
 @functools.cache
 def ptxas() -> str:
-    """The ptxas of the CUDA toolkit. Raises BackendError where there is none."""
-    found = shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas")
+    """The ptxas of the CUDA toolkit, or of NVIDIA's Python packages. Raises BackendError where there is none."""
+    places = ["ptxas", "/usr/local/cuda/bin/ptxas"]
+    packages = importlib.util.find_spec("nvidia")
+    for folder in (packages.submodule_search_locations or ()) if packages else ():
+        places += [str(path) for path in sorted(Path(folder).glob("*/bin/ptxas"))]
+    found = next((path for place in places if (path := shutil.which(place))), None)
     if found is None:
-        raise BackendError("ptxas is neither on the PATH nor in /usr/local/cuda/bin; install CUDA's nvcc package")
+        raise BackendError(
+            "ptxas is neither on the PATH, nor in /usr/local/cuda/bin, nor in a package nvidia; install nvidia-cuda-nvcc"
+        )
     return found
 
 
@@ -159,7 +177,7 @@ def _kernels(ptx: str, shared: Mapping[str, int]) -> list[Kernel]:
                 shared=shared.get(entry["name"], 0) + (int(static[1]) if static else 0),
                 threads=int(threads[1]) if threads else 0,
                 widest_load=_widest_load(body),
-                tensor_cores=next(iter(re.findall(r"\b(wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*", body)), ""),
+                tensor_cores=next(iter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*", body)), ""),
             )
         )
     return found

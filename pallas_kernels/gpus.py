@@ -59,6 +59,44 @@ GPUS = {
     ),
 }
 
+# of generations that the kernels are made for, but not checked for at every change
+OTHERS = {
+    "a10": Gpu(
+        device_kind="NVIDIA A10",
+        capability=(8, 6),
+        bandwidth=6.0e11,
+        matrix=125e12,
+        float32=31.2e12,
+        processors=72,
+        shared=101376,
+        memory=24146608128,
+        l2=6291456,
+    ),
+    "l40s": Gpu(
+        device_kind="NVIDIA L40S",
+        capability=(8, 9),
+        bandwidth=8.64e11,
+        matrix=362e12,
+        float32=91.6e12,
+        processors=142,
+        shared=101376,
+        memory=47810936832,
+        l2=100663296,
+    ),
+    "h200": Gpu(
+        device_kind="NVIDIA H200",
+        capability=(9, 0),
+        bandwidth=4.8e12,
+        matrix=989e12,
+        float32=66.9e12,
+        processors=132,
+        shared=232448,
+        memory=150754820096,
+        l2=52428800,
+    ),
+}
+KNOWN = GPUS | OTHERS
+
 # names within a device kind, the longer of two that begin alike first
 _CAPABILITIES = {
     "GB300": (10, 3),
@@ -91,3 +129,12 @@ _CAPABILITIES = {
 def capability(device_kind: str) -> tuple[int, int] | None:
     """The compute capability of a GPU by its driver's name, None for one that is not listed."""
     return next((value for name, value in _CAPABILITIES.items() if name in device_kind), None)
+
+
+def describe(device_kind: str) -> Gpu:
+    """What heuristics judge a GPU by: its own data sheet, else that of one of its generation, else the one with least shared memory."""
+    known = sorted(KNOWN.values(), key=lambda gpu: gpu.shared)
+    own = [gpu for gpu in known if gpu.device_kind == device_kind]
+    alike = [gpu for gpu in GPUS.values() if gpu.capability == capability(device_kind)]
+    alike += [gpu for gpu in known if gpu.capability == capability(device_kind)]
+    return (own + alike + known)[0]

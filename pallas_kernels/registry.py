@@ -14,7 +14,7 @@ import importlib.util
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -76,6 +76,37 @@ def using(named: Mapping[str, str] | None = None, *, without: Sequence[str] = ()
         yield
 
 
+class Observer(Protocol):
+    """Is told of every call of an implementation while a trace is made; the call happens inside what `call` gives."""
+
+    def call(
+        self, implementation: Implementation, args: tuple, kwargs: dict[str, Any]
+    ) -> contextlib.AbstractContextManager[None]: ...
+
+
+# part of the key of jax's caches of traces, so that nothing is missed because it was traced before
+_OBSERVER = jax.make_user_context(None)
+
+
+@contextlib.contextmanager
+def observing(observer: Observer) -> Iterator[None]:
+    """While inside, the observer is told of the calls of implementations that operations choose."""
+    with _OBSERVER(observer):
+        yield
+
+
+def _observed(chosen: Implementation) -> Implementation:
+    observer = _OBSERVER.value
+    if observer is None:
+        return chosen
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        with observer.call(chosen, args, kwargs):
+            return chosen.function(*args, **kwargs)
+
+    return dataclasses.replace(chosen, function=function)
+
+
 def _everywhere(target: Target, facts: Mapping[str, Any]) -> bool:
     return True
 
@@ -118,6 +149,7 @@ def register_file(
     def function(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(module), op)(*args, **kwargs)
 
+    supports.__module__ = function.__module__ = module  # where their code is, which may be a user's
     return register(op, name, function, supports=supports, priority=priority)
 
 
@@ -172,12 +204,12 @@ def choose(op: str, implementation: str | None = None, target: Target | None = N
             raise BackendError(
                 f"{op}: {implementation!r} cannot run here: {reason}; leave implementation=None to let one be chosen"
             )
-        return named
+        return _observed(named)
     refusals = []
     for candidate in implementations(op):
         reason = "left out by `using`" if candidate.name in wish.without else candidate.refusal(target, facts)
         if reason is None:
-            return candidate
+            return _observed(candidate)
         refusals.append(f"{candidate.name}: {reason}")
     raise BackendError(f"{op}: nothing can run on {target.platform} ({target.device_kind}): {'; '.join(refusals)}")
 

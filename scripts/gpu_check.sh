@@ -7,8 +7,9 @@ if [ "${1:-}" = --help ] || [ "${1:-}" = -h ]; then
 Usage: scripts/gpu_check.sh [FOLDER]
 
 On a machine with an NVIDIA GPU, in an environment with jax[cuda12] or jax[cuda13] (scripts/env.sh cuda13,test makes one): runs the kernel
-tests compiled instead of interpreted and the tests marked gpu, then times every kernel (scripts/bench/kernel_report.py --measure).
-Writes tests.txt, kernels.txt and kernels.json to FOLDER, build/gpu_check by default. PYTHON names the interpreter, python3 by default.
+tests compiled instead of interpreted and the tests marked gpu, then times every kernel (scripts/bench/kernel_report.py --measure), and
+the INT4 matmuls of a decoding Llama-3.1-8B with tiles that are tuned beside the defaults (jaxinfer tune). Writes tests.txt, kernels.txt,
+kernels.json, tuned.txt and the tuned tiles to FOLDER, build/gpu_check by default. PYTHON names the interpreter, python3 by default.
 HELP
   exit 0
 fi
@@ -32,7 +33,10 @@ PY
 
 status=0
 "$python" -m pytest -q -p no:cacheprovider -m "not slow and not full and not root and not oracle" \
-  tests/pallas_kernels/test_*_kernels.py -k "not compile" 2>&1 | tee "$folder/tests.txt" || status=$?
+  tests/pallas_kernels/test_*_kernels.py tests/pallas_kernels/test_quant_matmul_*.py -k "not compile" 2>&1 | tee "$folder/tests.txt" || status=$?
 "$python" -m pytest -q -p no:cacheprovider -m gpu tests 2>&1 | tee -a "$folder/tests.txt" || { code=$?; [ "$code" = 5 ] || status=$code; }
 "$python" scripts/bench/kernel_report.py --measure --json >"$folder/kernels.json" 2> >(tee "$folder/kernels.txt" >&2) || status=$?
+# once with what is in the user's cache folder would compare tuned with tuned
+XDG_CACHE_HOME=$folder/cache "$python" -m jaxinfer tune --op quant_matmul --dtype bfloat16 --quantize w4a16-g128 --prompt-tokens 16 \
+  --output "$folder/tuned" 2>&1 | tee "$folder/tuned.txt" || status=$?
 exit "$status"

@@ -51,7 +51,7 @@ def test_a_report(report, capsys):
     assert "a100  fused_norm" in err
     with pytest.raises(SystemExit):
         report.main(["--gpus", "k80"])
-    assert "--gpus k80: there are a100, h100, b200" in capsys.readouterr().err
+    assert "--gpus k80: there are a100, h100, b200, a10, l40s, h200" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         report.main(["--measure"])
     assert "the device here is a cpu, not a GPU" in capsys.readouterr().err

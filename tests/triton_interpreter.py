@@ -1,4 +1,4 @@
-"""Run by tests in a process of its own: a kernel in the Triton language on numpy arrays, by Triton's interpreter and without torch.
+"""Run by tests in a process of its own: kernels in the Triton language on numpy arrays, by Triton's interpreter and without torch.
 
 Triton either interprets or compiles, whichever the environment said when it was first imported.
 """
@@ -8,58 +8,20 @@ import sys
 
 os.environ["TRITON_INTERPRET"] = "1"
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import triton
 import triton.language as tl
 
+from pallas_kernels.jax_triton import register_triton, triton_call
 from pallas_kernels.qtensor import dequantize, round_to_nearest
-from pallas_kernels.quant_matmul import jax_triton
+from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.registry import choose, register
+from pallas_kernels.target import interpreting
 
 
-class Tensor:
-    """What the interpreter asks of a tensor, around a numpy array whose memory it reads and writes."""
-
-    device = "cpu"
-
-    def __init__(self, array: np.ndarray):
-        assert array.flags.c_contiguous
-        self.array, self.dtype, self.shape = array, array.dtype, array.shape
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    def untyped_storage(self) -> "Tensor":
-        return self
-
-    def cpu(self) -> "Tensor":
-        return self
-
-    def copy_(self, other) -> None:
-        pass  # the memory is the same
-
-    def new_empty(self, *_, **__) -> "Tensor":
-        return Tensor(self.array)
-
-    def set_(self, *_) -> "Tensor":
-        return self
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def stride(self) -> tuple[int, ...]:
-        return tuple(s // self.array.itemsize for s in self.array.strides)
-
-    def element_size(self) -> int:
-        return self.array.itemsize
-
-    def numel(self) -> int:
-        return self.array.size
-
-
-def main() -> None:
-    rng = np.random.default_rng(int(sys.argv[1]))
+def int4_weights(rng: np.random.Generator) -> None:
     for group, symmetric, point, rows, outputs in (
         (32, True, False, 1, 40),
         (64, False, False, 3, 33),
@@ -70,14 +32,52 @@ def main() -> None:
         )
         if point:
             w = w.replace(zeros=rng.integers(0, 16, w.scales.shape).astype(np.uint8))
-        x, y = rng.standard_normal((rows, 256)).astype(np.float32), np.full((rows, outputs), np.nan, np.float32)
-        arrays = [Tensor(np.ascontiguousarray(a)) for a in (x, w.values, w.scales, w.scales if w.zeros is None else w.zeros)]
-        # its bfloat16 are bit patterns without arithmetic
-        options = jax_triton.constants(w, rows) | {"BLOCK": 32, "DTYPE": tl.float32}
-        jax_triton.kernel[(-(-outputs // 32),)](*arrays, Tensor(y), **options)
+        x = rng.standard_normal((rows, 256)).astype(np.float32)
+        with interpreting():
+            y = quant_matmul(jnp.asarray(x), jax.tree.map(jnp.asarray, w), implementation="jax_triton")
         wanted = x.astype(np.float64) @ dequantize(w).astype(np.float64).T
         error = np.abs(y - wanted).max() / np.abs(wanted).max()
         assert error < 1e-5, (group, symmetric, point, error)
+
+
+@triton.jit
+def add_row(x_ptr, row_ptr, y_ptr, largest_ptr, N: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    at = tl.arange(0, BLOCK)
+    inside = at < N
+    y = tl.load(x_ptr + row * N + at, mask=inside, other=0.0) + tl.load(row_ptr + at, mask=inside, other=0.0)
+    tl.store(y_ptr + row * N + at, y, mask=inside)
+    tl.store(largest_ptr + row, tl.max(tl.where(inside, y, float("-inf")), 0))
+
+
+def an_operation_of_a_user(rng: np.random.Generator) -> None:
+    def reference(x, row):
+        y = x + row
+        return y, jnp.max(y, -1)
+
+    def add(x, row):
+        out = jax.ShapeDtypeStruct(x.shape, x.dtype), jax.ShapeDtypeStruct(x.shape[:1], x.dtype)
+        constants = {"N": x.shape[1], "BLOCK": triton.next_power_of_2(x.shape[1])}
+        return triton_call(add_row, x, row, out=out, grid=x.shape[:1], constants=constants, aliases={0: 0})
+
+    register("add_row", "reference", reference)
+    supports = lambda target, facts: facts["columns"] <= 64 or f"{facts['columns']} columns are too many"
+    register_triton("add_row", "triton", add, kernels=(add_row,), supports=supports)
+    x, row = (jnp.asarray(rng.standard_normal(shape), jnp.float32) for shape in ((5, 42), (42,)))
+    assert choose("add_row", columns=42).name == "reference"
+    with interpreting():
+        assert choose("add_row", columns=65).name == "reference"
+        chosen = choose("add_row", columns=42)
+        assert chosen.name == "triton"
+        found = jax.jit(chosen.function)(x, row)
+    for f, w in zip(found, reference(x, row), strict=True):
+        np.testing.assert_array_equal(f, w)
+
+
+def main() -> None:
+    rng = np.random.default_rng(int(sys.argv[1]))
+    int4_weights(rng)
+    an_operation_of_a_user(rng)
 
 
 main()

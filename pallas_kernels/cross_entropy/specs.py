@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.models import MODELS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class VocabularySpec:
@@ -12,9 +14,9 @@ class VocabularySpec:
 
 
 SPECS = {
-    "smollm2_135m": VocabularySpec(tokens=64, vocabulary=49152),
-    "llama_3_1_8b": VocabularySpec(tokens=512, vocabulary=128256),
-    "llama_3_1_8b.shard_of_8": VocabularySpec(tokens=512, vocabulary=16032),
+    "smollm2_135m": VocabularySpec(tokens=64, vocabulary=MODELS["smollm2_135m"].vocabulary),
+    "llama_3_1_8b": VocabularySpec(tokens=512, vocabulary=MODELS["llama_3_1_8b"].vocabulary),
+    "llama_3_1_8b.shard_of_8": VocabularySpec(tokens=512, vocabulary=MODELS["llama_3_1_8b"].vocabulary // 8),
     "odd.1000": VocabularySpec(tokens=3, vocabulary=1000),
     "odd.1": VocabularySpec(tokens=2, vocabulary=1),
 }

@@ -8,14 +8,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
-import jax_triton
 import triton
 import triton.language as tl
 
-from pallas_kernels.launch import gpu_refusal
+from pallas_kernels.jax_triton import triton_call, triton_refusal
 from pallas_kernels.qtensor import packing_block
 from pallas_kernels.quant_matmul import reference
-from pallas_kernels.target import current_target, interpreted
+from pallas_kernels.target import interpreted
 from pallas_kernels.tuning import tile_for
 
 ROWS = 8
@@ -32,10 +31,8 @@ class Tile:
 
 
 def supports_quant_matmul(target, facts) -> bool | str:
-    if reason := gpu_refusal(target):
+    if reason := triton_refusal(target, (kernel,)):
         return reason
-    if interpreted() or target.capability is None:
-        return "it is compiled for GPUs of a known compute capability, not interpreted"
     if facts["format"] != "int4" or facts["layout"] != "canonical" or facts["activation"] is not None:
         return f"it multiplies canonical int4 weights with float inputs, not {facts['format']} in {facts['layout']!r}"
     group = facts["group"]
@@ -59,27 +56,24 @@ def _product(x, w):
     tile = tile_for(
         "quant_matmul_jax_triton", Tile(outputs=32, warps=2, stages=4), outputs=outputs, inputs=inputs, group=w.group
     )
-    major, minor = current_target().capability or (8, 0)
-    y = jax_triton.triton_call(
+    y = triton_call(
+        kernel,
         x.reshape(rows, inputs),
         w.values,
         w.scales,
         w.scales if w.zeros is None else w.zeros,
-        kernel=kernel,
-        out_type=jax.ShapeDtypeStruct((rows, outputs), jnp.float32),
+        out=jax.ShapeDtypeStruct((rows, outputs), jnp.float32),
         name="quant_matmul_triton",
         grid=(-(-outputs // tile.outputs),),
-        num_warps=tile.warps,
-        num_stages=tile.stages,
-        compute_capability=10 * major + minor,
-        **constants(w, rows),
-        BLOCK=tile.outputs,
-        DTYPE=tl.bfloat16,
+        warps=tile.warps,
+        stages=tile.stages,
+        # the interpreter's bfloat16 are bit patterns without arithmetic
+        constants=_constants(w, rows) | {"BLOCK": tile.outputs, "DTYPE": tl.float32 if interpreted() else tl.bfloat16},
     )
     return y.reshape(*x.shape[:-1], outputs)
 
 
-def constants(w, rows: int) -> dict[str, int]:
+def _constants(w, rows: int) -> dict[str, int]:
     """What the kernel is compiled for."""
     zeros = NO_ZEROS if w.zeros is None else POINT if jnp.issubdtype(w.zeros.dtype, jnp.integer) else MINIMUM
     return {

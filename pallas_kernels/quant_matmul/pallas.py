@@ -89,9 +89,7 @@ def supports_fused_matmul(target, facts) -> bool | str:
     forms = [_form(w) for w in facts["weights"]]
     if any(form != forms[0] for form in forms):
         return "it takes weights of one form"
-    return _rows_refusal(math.prod(facts["shape"][:-1]), forms[0]["format"]) or weight_refusal(
-        target, **forms[0], elements=max(math.prod(w.shape) for w in facts["weights"])
-    )
+    return weight_refusal(target, **forms[0], elements=max(math.prod(w.shape) for w in facts["weights"]))
 
 
 def _form(w) -> dict:
@@ -115,6 +113,8 @@ def fused_matmul(operands: fused.Operands, call: fused.Call):
     x = operands.x
     rows = math.prod(x.shape[:-1])
     first = operands.weights[0]
+    if not isinstance(first, QTensor) and rows > SMALL:
+        return _beside_xla(operands, call)
     quant = first.activation if isinstance(first, QTensor) else None
     norm_inside = call.kind is not None and rows <= SMALL and quant is None
     x_scales = None
@@ -140,6 +140,22 @@ def fused_matmul(operands: fused.Operands, call: fused.Call):
             start = stop
         y = jnp.concatenate(parts, -1)
     return y.reshape(*operands.x.shape[:-1], y.shape[-1])
+
+
+def _beside_xla(operands: fused.Operands, call: fused.Call):
+    """Many rows of floats: the product is XLA's, which puts what follows behind it; the norm gives what is multiplied, in its dtype."""
+    if call.kind is None:
+        return fused.compose(operands, call)
+    n = fused_norm(
+        operands.x,
+        operands.scale,
+        operands.norm_bias,
+        kind=call.kind,
+        eps=call.eps,
+        out_dtype=operands.weights[0].dtype,
+    ).y
+    operands = dataclasses.replace(operands, x=n, scale=None, norm_bias=None)
+    return fused.compose(operands, dataclasses.replace(call, kind=None))
 
 
 def _forward(operands, call):
@@ -229,13 +245,11 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, experts: _
         parts=parts,
         quantised=levels,
         normed=normed is not None,
+        shifted=quantised and first.zeros is not None,
     )
     if not levels:
         problem = dataclasses.replace(problem, terms=_terms(x, first, problem.rows))
-    kind = current_target().device_kind
-    gpu = next(
-        (g for g in gpus.GPUS.values() if g.device_kind == kind), gpus.GPUS["a100"]
-    )  # whose shared memory is the smallest
+    gpu = gpus.describe(current_target().device_kind)
     key = dataclasses.asdict(problem) | {"format": first.format if quantised else str(first.dtype)}
     tile = tile_for("quant_matmul", heuristic(problem, gpu), **key)
     check(tile, problem)

@@ -42,7 +42,8 @@ class Tile:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
     """rows of x (of one expert), outputs and inputs of the weight; bits of its values; group: inputs that share all scales, or None;
-    terms: bfloat16 per element of x; parts: weights that are multiplied at once; quantised: x is made of levels; normed: x is normed."""
+    terms: bfloat16 per element of x; parts: weights that are multiplied at once; quantised: x is made of levels; normed: x is normed;
+    shifted: groups have zeros."""
 
     rows: int
     outputs: int
@@ -53,6 +54,7 @@ class Problem:
     parts: int
     quantised: bool
     normed: bool = False
+    shifted: bool = False
 
 
 def heuristic(p: Problem, gpu: Gpu) -> Tile:
@@ -80,6 +82,8 @@ def _small(p: Problem, processors: int) -> Tile:
     if p.group is None:
         inputs = min(max(32, power_of_two(p.inputs)), 2 * row_bytes, most)
     else:
+        if p.shifted:
+            row_bytes //= 2  # sums of x and shifts of as many groups would take the registers, and narrow the loads on Hopper
         unit = min(p.group, row_bytes)
         inputs = unit * max(1, min(free, row_bytes // unit))
         free = max(1, free // (inputs // unit))

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from pallas_kernels.models import MODELS
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationSpec:
@@ -12,12 +14,12 @@ class ActivationSpec:
 
 
 SPECS = {
-    "smollm2_135m.embed": ActivationSpec(inputs=576),
-    "smollm2_135m.mlp": ActivationSpec(inputs=1536),
-    "smollm2_135m.token": ActivationSpec(inputs=576, group=None),
-    "llama_3_1_8b.embed": ActivationSpec(inputs=4096),
-    "llama_3_1_8b.mlp": ActivationSpec(inputs=14336),
-    "llama_2_7b.mlp": ActivationSpec(inputs=11008),
+    "smollm2_135m.embed": ActivationSpec(inputs=MODELS["smollm2_135m"].embed),
+    "smollm2_135m.mlp": ActivationSpec(inputs=MODELS["smollm2_135m"].mlp),
+    "smollm2_135m.token": ActivationSpec(inputs=MODELS["smollm2_135m"].embed, group=None),
+    "llama_3_1_8b.embed": ActivationSpec(inputs=MODELS["llama_3_1_8b"].embed),
+    "llama_3_1_8b.mlp": ActivationSpec(inputs=MODELS["llama_3_1_8b"].mlp),
+    "llama_2_7b.mlp": ActivationSpec(inputs=MODELS["llama_2_7b"].mlp),
     "odd.shorter_last_group": ActivationSpec(inputs=100),
     "odd.one_input": ActivationSpec(inputs=1),
     "odd.group_of_one": ActivationSpec(inputs=5, group=1),

@@ -16,6 +16,8 @@ from pallas_kernels.activation import activation
 from pallas_kernels.activation.specs import SPECS as HIDDEN
 from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import log_probs
+from pallas_kernels.latent_attention import latent_attention
+from pallas_kernels.latent_attention.specs import SPECS as LATENTS
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
 from pallas_kernels.moe import grouped_matmul
@@ -32,6 +34,8 @@ from pallas_kernels.sampling import argmax, sample
 from pallas_kernels.sampling.specs import SPECS as VOCABULARIES
 from pallas_kernels.softmax import softmax
 from pallas_kernels.softmax.specs import SPECS as ROWS
+from pallas_kernels.triangle_attention import triangle_attention
+from pallas_kernels.triangle_attention.specs import SPECS as PAIRS
 
 S = jax.ShapeDtypeStruct
 
@@ -39,7 +43,7 @@ S = jax.ShapeDtypeStruct
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """run: of args. moved: bytes that are read or written at least once. operations: floating-point ones. matrix: whether the tensor cores
-    do them. donated: arguments that the result takes the place of."""
+    do them. donated: arguments that the result takes the place of. streams: it is bound by reading its arguments, once each."""
 
     op: str
     name: str
@@ -49,6 +53,7 @@ class Case:
     operations: float = 0
     matrix: bool = False
     donated: tuple[int, ...] = ()
+    streams: bool = False
 
 
 def size(*trees: Any) -> int:
@@ -129,6 +134,56 @@ def attentions() -> Iterator[Case]:
             moved=size(q, q, cache),
             operations=4.0 * seen * spec.heads * spec.head_dim,
             matrix=dtype != "float32",
+            streams=tokens == 1,
+        )
+
+
+def attentions_for_training() -> Iterator[Case]:
+    """Gradients of q, k and v, and attention of other kinds."""
+    spec, tokens = HEADS["llama_3_1_8b"], 4096
+    q, keys = S((1, tokens, spec.heads, spec.head_dim), jnp.float32), S((1, spec.kv_heads, tokens, spec.head_dim), jnp.bfloat16)
+    loss = lambda q, k, v: attention(q, LayerCache(k=k, v=v), rows=None, positions=None, scale=0.1).sum()
+    yield Case(
+        op="attention",
+        name=f"llama_3_1_8b, gradients of {tokens} tokens, bfloat16",
+        run=jax.grad(loss, (0, 1, 2)),
+        args=(q, keys, keys),
+        moved=size(q, q, q, keys, keys, keys, keys),
+        operations=7.0 * tokens**2 * spec.heads * spec.head_dim,
+        matrix=True,
+    )
+    pairs = PAIRS["alphafold_2.256"]
+    J, N, H = pairs.residues, pairs.heads, pairs.head_dim
+    row, bias = S((1, J, J, N, H), jnp.bfloat16), S((1, N, J, J), jnp.float32)
+    yield Case(
+        op="triangle_attention",
+        name=f"alphafold_2, {J} residues, bfloat16",
+        run=functools.partial(triangle_attention, scale=0.2),
+        args=(row, row, row, bias),
+        moved=size(row, row, row, row, bias),
+        operations=4.0 * J**3 * N * H,
+        matrix=True,
+    )
+
+
+def latents() -> Iterator[Case]:
+    for rows, cached in ((1, 8192), (16, 8192)):
+        spec = LATENTS["deepseek_v3"]
+        width = spec.latent + spec.rotated
+        q, cache = S((rows, 1, spec.heads, width), jnp.float32), S((rows, cached, width), jnp.bfloat16)
+
+        def run(q, cache, cached=cached, values=spec.latent):
+            at = jnp.full(q.shape[:2], cached - 1, jnp.int32)
+            return latent_attention(q, cache, values=values, positions=at, scale=0.1)
+
+        yield Case(
+            op="latent_attention",
+            name=f"deepseek_v3, {rows} queries, {cached} tokens, bfloat16 cache",
+            run=run,
+            args=(q, cache),
+            moved=size(q, cache) + 4 * rows * spec.heads * spec.latent,
+            operations=2.0 * rows * cached * spec.heads * (width + spec.latent),
+            matrix=True,
         )
 
 
@@ -186,7 +241,16 @@ def matmuls() -> Iterator[Case]:
         moved = size(x, w) + 4 * rows * spec.outputs
         operations = 2.0 * rows * spec.outputs * spec.inputs
         name = f"{model}, {form}, {rows} rows"
-        yield Case(op="quant_matmul", name=name, run=quant_matmul, args=(x, w), moved=moved, operations=operations, matrix=True)
+        yield Case(
+            op="quant_matmul",
+            name=name,
+            run=quant_matmul,
+            args=(x, w),
+            moved=moved,
+            operations=operations,
+            matrix=True,
+            streams=rows <= 16,
+        )
 
 
 def mlp_blocks() -> Iterator[Case]:
@@ -205,6 +269,7 @@ def mlp_blocks() -> Iterator[Case]:
             moved=size(x, x, weights),
             operations=6.0 * rows * gate.outputs * gate.inputs,
             matrix=True,
+            streams=rows <= 16,
         )
 
 
@@ -249,6 +314,8 @@ ROOMS: tuple[Callable[[], Iterator[Case]], ...] = (
     norms,
     rope_caches,
     attentions,
+    attentions_for_training,
+    latents,
     softmaxes,
     samplings,
     matmuls,

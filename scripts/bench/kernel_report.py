@@ -1,34 +1,41 @@
 #!/usr/bin/env python
 """What the GPU kernels take, per GPU generation, compiled without a GPU; with --measure, what they reach on the one that is here.
 
-    python scripts/bench/kernel_report.py [--gpus a100,h100,b200] [--op attention] [--json]
+    python scripts/bench/kernel_report.py [--gpus a100,h100,b200] [--op attention] [--json] [--output benchmarks]
     python scripts/bench/kernel_report.py --measure
 
 Needs jax-cuda13-plugin, jax-cuda13-pjrt and CUDA's ptxas. Per case: the launches of the program; of its kernels the most registers a
 thread, the bytes spilled and of shared memory, the least part of a processor's warps that fit at once, the widest global load of a thread,
-the tensor-core instruction; and the floor: the time that its bytes or operations take at the data sheet's peak. Nothing is run: speed,
-races and numbers do not show. --measure times it, and gives bytes and operations per second as percent of that peak; arrays that fit the
-second-level cache are read from there after the first time.
+the tensor-core instruction; and the floor: the time that its bytes or operations take at the data sheet's peak. For what is bound by
+reading its arguments: the bytes that the kernels read from device memory, in sectors of 32, and what their loads ask for, of which caches
+give the rest. --output writes kernels.txt and kernels.json, where rows of other GPUs and cases stay. Nothing is run: speed, races and
+numbers do not show. --measure times it, and gives bytes and operations per second as percent of that peak.
 """
 
 import argparse
+import datetime
+import functools
 import json
 import math
+import subprocess
 import sys
-import time
+from importlib.metadata import version
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_cases import Case, cases
+from kernel_cases import Case, cases, size
+from kernel_loads import NotDerivable, Reads, reads
 
-from pallas_kernels.deviceless import Kernel, compile_for
-from pallas_kernels.gpus import GPUS, Gpu
+from pallas_kernels import tuner
+from pallas_kernels.deviceless import Kernel, compile_for, is_ours, ptxas
+from pallas_kernels.gpus import GPUS, KNOWN, Gpu
 
 WARPS = 64  # that a processor holds
 REGISTERS = 65536  # of a processor
-REPEATS = 50
-KERNELS_OF_XLA = ("fusion", "wrapped_", "input_", "loop_")
+LARGEST = 150_000_000  # bytes of arguments whose reads are followed
+MOST_READ = 1.05  # of the arguments
 
 
 def floor(case: Case, gpu: Gpu) -> float:
@@ -44,21 +51,48 @@ def occupancy(kernel: Kernel, gpu: Gpu) -> float:
     return min(by_registers, by_shared, WARPS // warps, 32) * warps / WARPS
 
 
+@functools.cache
+def reads_of(op: str, name: str, device_kind: str) -> Reads | None:
+    """What the kernels of a case read, where that can be derived from their loads."""
+    case = next(case for case in cases() if (case.op, case.name) == (op, name))
+    if not case.streams or size(case.args) > LARGEST:
+        return None
+    try:
+        return reads(case.run, case.args, device_kind=device_kind)
+    except NotDerivable:
+        return None
+
+
 def compiled(case: Case, name: str) -> dict:
     """A row of the report."""
-    gpu = GPUS[name]
+    gpu = KNOWN[name]
     row = {"gpu": name, "op": case.op, "case": case.name, "moved_bytes": case.moved, "operations": case.operations}
-    row["floor_us"] = floor(case, gpu) * 1e6
+    row["floor_us"] = round(floor(case, gpu) * 1e6, 3)
     found = compile_for(name, case.run, *case.args)
-    own = [k for k in found.kernels if not any(part in k.name for part in KERNELS_OF_XLA)]
-    return row | {
-        "launches": [launch for launch in found.launches if launch != "kCopy"],
-        "kernels": [vars(k) | {"occupancy": occupancy(k, gpu)} for k in own],
-    }
+    own = [k for k in found.kernels if is_ours(k)]
+    row["launches"] = [launch for launch in found.launches if launch != "kCopy"]
+    row["kernels"] = [vars(k) | {"occupancy": round(occupancy(k, gpu), 4)} for k in own]
+    if (read := reads_of(case.op, case.name, gpu.device_kind)) is not None:
+        row |= {"argument_bytes": size(case.args), "read_bytes": read.unique, "issued_bytes": read.issued}
+    row["problems"] = problems(row, case, gpu)
+    return row
+
+
+def problems(row: dict, case: Case, gpu: Gpu) -> list[str]:
+    """What is wrong with a row, in words."""
+    kernels = row["kernels"]
+    found = [] if kernels else ["no kernel"]
+    found += [f"{k['spilled']} bytes spilled" for k in kernels if k["spilled"]]
+    found += [f"{k['shared']} bytes of shared memory" for k in kernels if k["shared"] > gpu.shared]
+    if case.matrix and kernels and not any(k["tensor_cores"] for k in kernels):
+        found.append("no tensor-core instruction")
+    if row.get("read_bytes", 0) > MOST_READ * row.get("argument_bytes", 0):
+        found.append(f"reads {row['read_bytes']} bytes of {row['argument_bytes']}")
+    return found
 
 
 def measured(case: Case) -> dict:
-    """Seconds a call on the device that is here, the median of five runs of `REPEATS` calls in one program."""
+    """Seconds a call on the device that is here, the median of several runs of many calls in one program."""
     rng = np.random.default_rng(0)
 
     def random(a):
@@ -66,35 +100,51 @@ def measured(case: Case) -> dict:
             return jnp.asarray(rng.standard_normal(a.shape, np.float32), a.dtype)
         return jnp.zeros(a.shape, a.dtype)
 
-    args = jax.tree.map(random, case.args)
-
-    @jax.jit
-    def repeated(args):
-        def body(_, args):
-            # without the barrier every call would be the same, and made once
-            return jax.lax.optimization_barrier((args, case.run(*args)))[0]
-
-        return jax.lax.fori_loop(0, REPEATS, body, args)
-
-    jax.block_until_ready(repeated(args))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        jax.block_until_ready(repeated(args))
-        times.append((time.perf_counter() - start) / REPEATS)
-    seconds = sorted(times)[2]
+    leaves, tree = jax.tree.flatten(case.args)
+    operands = [random(a) for a in leaves]
+    program = jax.jit(tuner.repeated(lambda *flat: case.run(*jax.tree.unflatten(tree, flat)), 1))
+    seconds = tuner.clock(program.lower(*operands).compile(), operands) / tuner.REPEATS
     return {"op": case.op, "case": case.name, "seconds": seconds, "moved_bytes": case.moved, "operations": case.operations}
+
+
+def versions() -> dict[str, str]:
+    ptxas_version = subprocess.run([ptxas(), "--version"], capture_output=True, text=True, check=True).stdout.split()
+    return {name: version(name) for name in ("jax", "jaxlib", "jax-cuda13-plugin")} | {"ptxas": ptxas_version[-1]}
+
+
+def write(rows: list[dict], folder: Path) -> None:
+    """Both files, with the rows that they have of other GPUs and cases."""
+    path = folder / "kernels.json"
+    key = lambda row: (row["op"], row["case"], row["gpu"])
+    known = {key(row): row for row in json.loads(path.read_text())["rows"]} if path.is_file() else {}
+    known |= {key(row): row for row in rows}
+    order = {(case.op, case.name, name): i for i, (case, name) in enumerate((c, n) for c in cases() for n in KNOWN)}
+    kept = sorted((row for k, row in known.items() if k in order), key=lambda row: order[key(row)])
+    facts = {"card": "deviceless", "date": datetime.date.today().isoformat(), "versions": versions()}
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join(json.dumps(row, separators=(",", ":")) for row in kept)
+    path.write_text(f'{json.dumps(facts)[:-1]}, "rows": [\n{lines}\n]}}\n')
+    head = ", ".join(f"{name} {number}" for name, number in facts["versions"].items())
+    text = [f"card: deviceless, {facts['date']}, {head}", *map(in_words, kept)]
+    (folder / "kernels.txt").write_text("\n".join(text) + "\n")
 
 
 def in_words(row: dict) -> str:
     kernels = row["kernels"]
     most = lambda key: max((k[key] for k in kernels), default=0)
     warps = 100 * min((k["occupancy"] for k in kernels), default=0)
-    tensor = next((k["tensor_cores"] for k in kernels if k["tensor_cores"]), "-")
+    tensor = next((k["tensor_cores"] for k in kernels if k["tensor_cores"]), "-").replace(".sync.aligned", "")
+    more = ""
+    if "read_bytes" in row:
+        more = (
+            f" reads {row['read_bytes'] / 1e6:.2f} MB, {100 * row['read_bytes'] / row['argument_bytes']:.1f} % of its arguments; "
+            f"loads ask for {row['issued_bytes'] / 1e6:.2f} MB"
+        )
+    more += "".join(f" PROBLEM: {problem}" for problem in row["problems"])
     return (
         f"{row['gpu']:5} {row['op']:14} {row['case']:58} {len(row['launches']):2} launches {most('registers'):3} registers "
         f"{most('spilled'):4} B spilled {most('shared') / 1024:6.1f} KiB shared {warps:3.0f} % "
-        f"warps {most('widest_load'):2} B loads {tensor:16} floor {row['floor_us']:9.2f} us"
+        f"warps {most('widest_load'):2} B loads {tensor:44} floor {row['floor_us']:9.2f} us{more}"
     )
 
 
@@ -103,17 +153,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", default=",".join(GPUS), help="names, separated by commas")
     parser.add_argument("--op", help="only this operation")
     parser.add_argument("--measure", action="store_true", help="time the cases on the GPU that is here")
+    parser.add_argument("--output", type=Path, metavar="FOLDER", help="write kernels.txt and kernels.json there")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     args = parser.parse_args(arguments)
     chosen = [case for case in cases() if args.op in (None, case.op)]
-    if unknown := [name for name in args.gpus.split(",") if name not in GPUS]:
-        parser.error(f"--gpus {','.join(unknown)}: there are {', '.join(GPUS)}")
+    if unknown := [name for name in args.gpus.split(",") if name not in KNOWN]:
+        parser.error(f"--gpus {','.join(unknown)}: there are {', '.join(KNOWN)}")
     if not chosen:
         parser.error(f"--op {args.op}: there are {', '.join(sorted({case.op for case in cases()}))}")
     rows, failed = [], 0
     if args.measure:
         device = jax.devices()[0]
-        gpu = next((g for g in GPUS.values() if g.device_kind == device.device_kind), None)
+        gpu = next((g for g in KNOWN.values() if g.device_kind == device.device_kind), None)
         if device.platform != "gpu":
             parser.error(f"--measure: the device here is a {device.platform}, not a GPU")
         for case in chosen:
@@ -131,12 +182,14 @@ def main(arguments: list[str] | None = None) -> int:
             for name in args.gpus.split(","):
                 row = compiled(case, name)
                 rows.append(row)
-                failed += any(k["spilled"] or k["shared"] > GPUS[name].shared for k in row["kernels"]) or not row["kernels"]
+                failed += bool(row["problems"])
                 print(in_words(row), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         print(json.dumps(rows))
+    if args.output and not args.measure:
+        write(rows, args.output)
     if failed:
-        print(f"{failed} of {len(rows)} spill, exceed the shared memory, or have no kernel", file=sys.stderr)
+        print(f"{failed} of {len(rows)} have problems", file=sys.stderr)
     return 1 if failed else 0
 
 
