@@ -106,6 +106,10 @@ def export_checkpoint(
     """
     if checkpoint.format == "native":
         raise UnsupportedFormatError(f"{checkpoint.path} is a native checkpoint; export the one that it was converted from")
+    if checkpoint.config.get("num_local_experts") or checkpoint.config.get("num_experts"):
+        raise UnsupportedFormatError(
+            f"{checkpoint.path} has experts, which are not exported to {form}; convert it to the native form"
+        )
     metadata = {}
     if checkpoint.format == "gguf":
         from convert.readers.gguf import MappedFile, read_header

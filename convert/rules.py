@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+import jax
 import numpy as np
 
 from convert.errors import (
@@ -125,6 +126,32 @@ class TransformedTensor(LazyTensor):
         return array
 
 
+class StackedTensor(LazyTensor):
+    """Lazy tensors of one shape and form as one with a leading axis; only those are read that a shard holds.
+
+    Raises ConversionError where they differ.
+    """
+
+    def __init__(self, name: str, parts: Sequence[LazyTensor]):
+        first = parts[0]
+        for part in parts:
+            if (part.shape, part.dtype, part.packed) != (first.shape, first.dtype, first.packed):
+                raise ConversionError(
+                    f"{name} is a stack of tensors that are stored differently: {first.name} is {first.packed or first.dtype} "
+                    f"{first.shape}, {part.name} is {part.packed or part.dtype} {part.shape}"
+                )
+        self.name, self.dtype, self.packed = name, first.dtype, first.packed
+        self.shape = (len(parts), *first.shape)
+        self._parts = tuple(parts)
+
+    def read(self, units: Shard = None) -> np.ndarray | QTensor:
+        lead, *own = self.shard(units)
+        chosen = range(len(self._parts)) if lead is None else lead.elements.tolist()
+        read = [self._parts[max(i, 0)].read(own) for i in chosen]  # of padding as much as there is of a real one
+        blank = [jax.tree.map(np.zeros_like, a) if i < 0 else a for i, a in zip(chosen, read, strict=True)]
+        return jax.tree.map(lambda *arrays: np.stack(arrays), *blank)
+
+
 def transformed(source: LazyTensor, transforms: Sequence[Transform]) -> LazyTensor:
     """`source` through transforms. Raises ConversionError, naming the tensor, where they do not fit its shape."""
     if not transforms:
@@ -140,16 +167,21 @@ class Rule:
     """One line of a weight table.
 
     source: a canonical name with integer fields, "model.layers.{i}.mlp.up_proj.weight". target: a module path with the same
-    fields, "blocks.{i}.mlp.up". Several rules may read one source (the parts of a fused tensor).
+    fields, "blocks.{i}.mlp.up". Several rules may read one source (the parts of a fused tensor). stack: a field of the source alone,
+    which counts the tensors that make the target's first axis: the experts of "model.layers.{i}.mlp.experts.{e}.up_proj.weight".
     """
 
     source: str
     target: str
     transforms: tuple[Transform, ...] = ()
+    stack: str | None = None
 
     def __post_init__(self):
-        if set(re.findall(r"{(\w+)}", self.source)) != set(re.findall(r"{(\w+)}", self.target)):
-            raise ConversionError(f"rule {self.source} -> {self.target}: both sides must have the same fields")
+        of_source, of_target = (set(re.findall(r"{(\w+)}", text)) for text in (self.source, self.target))
+        if of_source - {self.stack} != of_target or (self.stack is not None and self.stack not in of_source):
+            raise ConversionError(
+                f"rule {self.source} -> {self.target}: both sides must have the same fields, but for that of a stack"
+            )
 
 
 @functools.cache
@@ -178,26 +210,47 @@ def bind(
     rules = tuple(rules)
     ignored = [_pattern(text) for text in ignore]
     bound: dict[str, LazyTensor] = {}
+    stacks: dict[str, dict[int, LazyTensor]] = {}
     unused, shapes, twice = [], [], []
-    for name, tensor in tensors.items():
-        targets = [t for rule in rules if (t := _target(rule, name)) and t[0] in expected]
+
+    def put(into: dict, key, target: str, shape: tuple[int, ...], name: str, transforms: Sequence[Transform]) -> None:
+        tensor = tensors[name]
+        if key in into:
+            twice.append(f"{target} is set twice: by {into[key].name} and by {name}")
+            return
+        into[key] = tensor
+        try:
+            into[key] = transformed(tensor, transforms)
+        except ConversionError as error:
+            shapes.append(f"{error} (for {target})")
+            return
+        if into[key].shape != shape:
+            shapes.append(f"{name} has shape {into[key].shape}, {target} needs {shape}")
+
+    for name in tensors:
+        targets = [t for rule in rules if (t := _target(rule, name)) and t.path in expected and t.fits(expected[t.path])]
         if not targets and not any(p.fullmatch(name) for p in ignored):
             unused.append(name)
-        for target, transforms in targets:
-            if target in bound:
-                twice.append(f"{target} is set twice: by {bound[target].name} and by {name}")
-                continue
+        for t in targets:
+            shape = tuple(expected[t.path])
+            if t.number is None:
+                put(bound, t.path, t.path, shape, name, t.transforms)
+            else:
+                put(stacks.setdefault(t.path, {}), t.number, f"{t.path}[{t.number}]", shape[1:], name, t.transforms)
+    for path, parts in stacks.items():
+        if path in bound:
+            twice.append(f"{path} is set twice: by {bound[path].name} and by {next(iter(parts.values())).name}")
+        elif len(parts) == expected[path][0] and not shapes:
             try:
-                bound[target] = transformed(tensor, transforms)
+                bound[path] = StackedTensor(path, [parts[n] for n in range(len(parts))])
             except ConversionError as error:
-                bound[target] = tensor
-                shapes.append(f"{error} (for {target})")
-                continue
-            if bound[target].shape != tuple(expected[target]):
-                shapes.append(f"{name} has shape {bound[target].shape}, {target} needs {tuple(expected[target])}")
+                shapes.append(str(error))
     missing = [path for path in expected if path not in bound]
     if missing or unused or shapes or twice:
-        absent = {path: _sources(rules, path) for path in missing}
+        # of a stack the tensors that are not there, and nothing where all are, since something else is wrong with it then
+        left = {path: [n for n in range(expected[path][0]) if n not in parts] for path, parts in stacks.items()}
+        missing = [path for path in missing if left.get(path, [0])]
+        absent = {path: _sources(rules, path, left.get(path, [0])) for path in missing}
         lost = [f"{p} is not set: {_absent_text(absent[p])}{_hint(absent[p], unused, n)}" for n, p in enumerate(missing)]
         wanted = [name for names in absent.values() for name in names]
         unknown = [f"{name} is unknown to the model{_hint([name], wanted, n)}" for n, name in enumerate(unused)]
@@ -205,15 +258,36 @@ def bind(
     return bound
 
 
-def _target(rule: Rule, name: str) -> tuple[str, tuple[Transform, ...]] | None:
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """Where a tensor goes: to a module path, or to a place of the stack there."""
+
+    path: str
+    transforms: tuple[Transform, ...]
+    number: int | None = None
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether a parameter of this shape has such a place."""
+        return self.number is None or self.number < shape[0]
+
+
+def _target(rule: Rule, name: str) -> _Target | None:
     match = _pattern(rule.source).fullmatch(name)
+    if match is None:
+        return None
     # the digits are kept as written, so that "layers.01" cannot pass for "layers.1"
-    return match and (rule.target.format(**match.groupdict()), rule.transforms)
+    fields = match.groupdict()
+    number = None if rule.stack is None else fields.pop(rule.stack)
+    if number is not None and str(int(number)) != number:
+        return None
+    return _Target(rule.target.format(**fields), rule.transforms, None if number is None else int(number))
 
 
-def _sources(rules: Sequence[Rule], path: str) -> list[str]:
-    """The names that would have set a module path."""
-    return [rule.source.format(**m.groupdict()) for rule in rules if (m := _pattern(rule.target).fullmatch(path))]
+def _sources(rules: Sequence[Rule], path: str, numbers: Sequence[int]) -> list[str]:
+    """The names that would have set a module path; of a stack, those of its first missing tensor."""
+    found = [(rule, m) for rule in rules if (m := _pattern(rule.target).fullmatch(path))]
+    more = lambda rule: {} if rule.stack is None else {rule.stack: numbers[0]}
+    return [rule.source.format(**m.groupdict(), **more(rule)) for rule, m in found]
 
 
 def _absent_text(sources: list[str]) -> str:

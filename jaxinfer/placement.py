@@ -1,7 +1,7 @@
 """place(): the canonical module, or a checkpoint, -> what the engine runs: device arrays, one per layer slot and weight.
 
 Every array of a layer slot has a leading `stage` axis (size 1 without a pipeline) and holds, for each stage, the weights of that
-stage's layer: slot i of stage s is layer first[s] + i. Weights are never stacked over slots: a stack costs a weight-sized copy per
+stage's layer of the slot's kind. Weights are never stacked over slots: a stack costs a weight-sized copy per
 layer and call. Heads, mlp and vocabulary are cut into whole units, padded and replicated where they do not divide
 (sharding.partition). q/k/v and gate/up are joined along their outputs, shard by shard, where they are stored alike.
 Each process reads and places the slices of its own devices only.
@@ -18,11 +18,12 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from convert.readers.base import LazyTensor
-from jaxinfer.models.blocks import MLP, Attention
+from convert.readers.base import LazyTensor, shard_shape
+from jaxinfer.models.blocks import Attention
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import (
     ENDS,
+    MLP_BLOCKS,
     POST_NORMS,
     Decoder,
     DecoderWeights,
@@ -34,13 +35,13 @@ from jaxinfer.models.decoder import (
 )
 from pallas_kernels import qtensor
 from pallas_kernels.qtensor import QTensor
-from sharding.balance import partition
+from sharding.balance import SlotPlan, partition, slot_plan
 from sharding.context import ParallelContext
 from sharding.costs import LayerShape
 from sharding.errors import MeshError
 from sharding.mesh import check_mesh
-from sharding.partition import HeadSplit, Units, gather, split_even, split_heads
-from sharding.rules import STAGE, TENSOR_AXES, spec
+from sharding.partition import HeadSplit, Units, gather, split_even, split_experts, split_heads
+from sharding.rules import EXPERT, STAGE, TENSOR_AXES, spec
 
 
 class Readable(Protocol):
@@ -67,7 +68,10 @@ class InMemory:
         units = units or (None,) * len(self.shape)
         if not isinstance(value, QTensor):
             return gather(value, units)
-        for axis, unit in zip((-2, -1), units, strict=True):
+        if len(units) > 2 and units[0] is not None:
+            lead = (units[0], None, None)
+            value = jax.tree.map(lambda a: gather(a, lead), value)
+        for axis, unit in zip((-2, -1), units[-2:], strict=True):
             if unit is not None:
                 value = qtensor.take(value, axis=axis, unit=unit.size, indices=unit.indices)
         return value
@@ -82,23 +86,40 @@ def module_tensors(model: Decoder) -> dict[str, InMemory]:
 class Plan:
     """How a model lies on a mesh: hashable, so that compiled programs can be keyed by it.
 
-    counts: layers per stage. heads: which heads each tensor shard holds. context: how the program reaches its collectives.
+    counts: layers per stage. heads: which heads each tensor shard holds. context: how the program reaches its collectives. experts: those
+    that each expert shard holds, see MoESpec.
     """
 
     config: ModelConfig
     counts: tuple[int, ...]
     heads: HeadSplit
     context: ParallelContext
+    experts: tuple[tuple[int, ...], ...] = ()
+
+    @functools.cached_property
+    def slot_plan(self) -> SlotPlan:
+        """Which slots every stage has, and where its layers lie among them."""
+        return slot_plan([self.config.kind(i) for i in range(self.config.layers)], self.counts)
 
     @property
     def slots(self) -> int:
-        return max(self.counts)
+        return len(self.slot_plan.slots)
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Of each slot, see ModelConfig.kind."""
+        return tuple(map(str, self.slot_plan.slots))
+
+    @property
+    def used(self) -> tuple[tuple[bool, ...], ...]:
+        """For each stage, which slots hold a layer."""
+        return tuple(tuple(slot in places for slot in range(self.slots)) for places in self.slot_plan.places)
 
     @property
     def layer_spec(self) -> LayerSpec:
         stages = range(len(self.counts))
         slots = [[self.layer(s, i) or 0 for s in stages] for i in range(self.slots)]  # an empty slot's result is not used
-        return layer_spec(self.config, len(self.heads.query[0]) // len(self.heads.kv[0]), slots)
+        return layer_spec(self.config, self.heads, slots, self.experts)
 
     @property
     def cache_heads(self) -> int:
@@ -107,7 +128,12 @@ class Plan:
 
     def layer(self, stage: int, slot: int) -> int | None:
         """The layer in a slot of a stage, or None where the slot is empty."""
-        return sum(self.counts[:stage]) + slot if slot < self.counts[stage] else None
+        places = self.slot_plan.places[stage]
+        return sum(self.counts[:stage]) + places.index(slot) if slot in places else None
+
+    def sample(self, slot: int) -> int:
+        """A layer that lies in a slot: the first stage's that has one there."""
+        return next(layer for stage in range(len(self.counts)) if (layer := self.layer(stage, slot)) is not None)
 
 
 BALANCED_FOR = (8, 8192)  # sequences and cached tokens of the decode step for which stages are made alike
@@ -115,8 +141,8 @@ BALANCED_FOR = (8, 8192)  # sequences and cached tokens of the decode step for w
 
 def layer_shapes(config: ModelConfig) -> list[LayerShape]:
     """What every layer costs is counted from these."""
-    a, windows = config.attention, config.windows or (None,) * config.layers
-    shape = LayerShape(
+    a, m, windows = config.attention, config.moe, config.windows or (None,) * config.layers
+    dense = LayerShape(
         embed=config.embed,
         heads=a.heads,
         kv_heads=a.kv_heads,
@@ -124,17 +150,21 @@ def layer_shapes(config: ModelConfig) -> list[LayerShape]:
         width=config.mlp.width,
         gated=config.mlp.gated,
     )
-    return [dataclasses.replace(shape, window=window) for window in windows]
+    moe = m and dataclasses.replace(dense, width=m.width, experts=m.experts, used=m.used)
+    shapes = {"dense": dense, "moe": moe or dense}
+    return [dataclasses.replace(shapes[config.kind(i)], window=window) for i, window in enumerate(windows)]
 
 
 def make_plan(config: ModelConfig, mesh: Mesh) -> Plan:
     """Layers in order over the stages: as few slots as can be, which every stage has; then the shortest longest stage, by the bytes that a
     decode step moves; what is equal goes to earlier stages.
 
-    Raises MeshError for a mesh with other axes, and for more stages than layers.
+    Raises MeshError for a mesh with other axes, for more stages than layers, and for an expert axis over a model without experts.
     """
     check_mesh(mesh)
-    stages = mesh.shape[STAGE]
+    stages, expert = mesh.shape[STAGE], mesh.shape[EXPERT]
+    if expert > 1 and config.moe is None:
+        raise MeshError(f"an expert axis of {expert} for a model without experts; use a data axis instead")
     if stages > config.layers:
         raise MeshError(f"{stages} pipeline stages for {config.layers} layers; use at most one stage a layer")
     batch, context = BALANCED_FOR
@@ -147,6 +177,7 @@ def make_plan(config: ModelConfig, mesh: Mesh) -> Plan:
         counts=partition(costs, stages, most=-(-config.layers // stages)).counts,
         heads=split_heads(a.heads, a.kv_heads, tensor),
         context=ParallelContext.from_mesh(mesh),
+        experts=split_experts(config.moe.experts, expert) if config.moe and expert > 1 else (),
     )
 
 
@@ -165,6 +196,15 @@ class Placed:
         return sum(
             math.prod(s.data.shape) * a.dtype.itemsize for a in jax.tree.leaves(self.weights) for s in a.addressable_shards
         )
+
+    def with_int8_hosts(self) -> "Placed":
+        """The same with partial sums that cross hosts as INT8. Raises MeshError where none does so in layers."""
+        if len(self.plan.context.tensor) < 2:
+            raise MeshError(
+                f"sums cross hosts as INT8 where tensor shards lie on several hosts with several each; the mesh is {dict(self.mesh.shape)}"
+            )
+        context = dataclasses.replace(self.plan.context, int8_hosts=True)
+        return dataclasses.replace(self, plan=dataclasses.replace(self.plan, context=context))
 
 
 def local_layers(weights: DecoderWeights) -> DecoderWeights:
@@ -210,22 +250,26 @@ class _Placer:
     def _units(self) -> dict[str, tuple[Units, ...]]:
         """For every logical axis that is split: what each of its shards holds."""
         config, heads = self.plan.config, self.plan.heads
-        vocab = split_even(config.vocab, self.mesh.shape[STAGE] * self.tensor)
+        units = {"vocab": split_even(config.vocab, self.mesh.shape[STAGE] * self.tensor)}
+        if self.plan.experts:
+            units["experts"] = tuple(Units(1, held) for held in self.plan.experts)
         if self.tensor == 1:  # cutting one whole into heads would cut its groups too
-            return {"vocab": vocab}
-        # a shard of the mlp holds whole groups of every weight that contracts over it; 32 is the block of packed files
-        kinds = [_kind(self.source[f"blocks.{i}.mlp.down"]) for i in range(config.layers)]
-        unit = math.lcm(32 if config.mlp.width % 32 == 0 else 1, *(g for kind in kinds for g in kind.groups))
-        if config.mlp.width % unit:
-            raise MeshError(
-                f"an mlp of {config.mlp.width} is not made of groups of {unit}; quantise with groups that divide it"
-            )
-        return {
-            "heads": heads.query_units(config.attention.head_dim),
-            "kv_heads": heads.kv_units(config.attention.head_dim),
-            "mlp": split_even(config.mlp.width, self.tensor, unit),
-            "vocab": vocab,
-        }
+            return units
+        units["heads"] = heads.query_units(config.attention.head_dim)
+        units["kv_heads"] = heads.kv_units(config.attention.head_dim)
+        units["mlp"] = self._columns_of("dense", config.mlp.width)
+        if config.moe:
+            units["expert_mlp"] = self._columns_of("moe", config.moe.width)
+        return units
+
+    def _columns_of(self, kind: str, width: int) -> tuple[Units, ...]:
+        """What each tensor shard holds of the inner width of an MLP: whole groups of every weight that contracts over it."""
+        layers = [i for i in range(self.plan.config.layers) if self.plan.config.kind(i) == kind]
+        kinds = [_kind(self.source[f"blocks.{i}.mlp.down"]) for i in layers]
+        unit = math.lcm(32 if width % 32 == 0 else 1, *(g for kind in kinds for g in kind.groups))  # 32: of packed files
+        if width % unit:
+            raise MeshError(f"an mlp of {width} is not made of groups of {unit}; quantise with groups that divide it")
+        return split_even(width, self.tensor, unit)
 
     def run(self) -> Placed:
         slots = [self._slot(i) for i in range(self.plan.slots)]
@@ -239,8 +283,9 @@ class _Placer:
         """The weights of one slot: for each field of the two half-layer operations, one array or a run of joined ones; and what the
         layer has beside them."""
         halves: dict[str, Any] = {}
-        for half, block in (("attention", Attention), ("mlp", MLP)):
-            prefix = f"blocks.0.{half}."
+        sample = f"blocks.{self.plan.sample(slot)}."
+        for half, block in (("attention", Attention), ("mlp", MLP_BLOCKS[self.plan.kinds[slot]])):
+            prefix = f"{sample}{half}."
             known = {path.removeprefix(prefix) for path in self.info if path.startswith(prefix)}
             names = block.build(lambda name, known=known: name if name in known else None)
             filled: dict[str, Any] = {}
@@ -252,7 +297,7 @@ class _Placer:
                 else:
                     filled[field.name] = None if value is None else self._weight(slot, (f"{half}.{value}",))
             halves[half] = type(names)(**filled)
-        post = {name: self._weight(slot, (name,)) for name in POST_NORMS if f"blocks.0.{name}" in self.info}
+        post = {name: self._weight(slot, (name,)) for name in POST_NORMS if sample + name in self.info}
         return LayerWeights(**halves, **post)
 
     def _paths(self, stage: int, slot: int, names: Sequence[str]) -> tuple[str, ...] | None:
@@ -282,37 +327,41 @@ class _Placer:
         return next(iter(kinds))
 
     def _weight(self, slot: int, names: Sequence[str]):
-        kinds = {self._kind(slot, name) for name in names}
-        spare = self._kind(0, names[0])
-        if min(self.plan.counts) <= slot and kinds != {spare}:  # an empty slot takes the shape of the stage's first layer
-            raise MeshError(
-                f"{names[0]} of slot {slot} is stored as {kinds}, of slot 0 as {spare}; convert them to one format first"
-            )
         paths = functools.partial(self._paths, slot=slot, names=names)
-        return self._arrays(paths, staged=True, spare=self._paths(0, 0, names) or ())
+        sample = self.plan.sample(slot)  # gives an empty slot its shape
+        return self._arrays(paths, staged=True, spare=tuple(f"blocks.{sample}.{name}" for name in names))
 
     def _arrays(self, paths: Callable[[int], Sequence[str] | None], *, staged: bool, spare: Sequence[str] = ()):
         """One weight on every device of the mesh that is this process's. paths(stage): the tensors that are joined along their
         outputs there; None for an empty slot, which gets zeros in the shape of the tensors `spare`."""
         axes = self.info[(paths(0) or spare)[0]].axes
         mesh_axes = spec(("stage", *axes) if staged else axes)
-        shards: dict[tuple[int, int], Any] = {}  # devices that hold the same shard read it once
+        shards: dict[tuple[int, int, int], Any] = {}  # devices that hold the same shard read it once
         devices, local = [], []
-        for (_, stage, host, tensor), device in np.ndenumerate(self.mesh.devices):
+        for (_, stage, expert, host, tensor), device in np.ndenumerate(self.mesh.devices):
             if device.process_index != jax.process_index():
                 continue
-            rank = host * self.mesh.devices.shape[3] + tensor
-            key = (stage if staged or "vocab" in axes else 0, rank if set(axes) & set(self.units) else 0)
+            rank = host * self.mesh.devices.shape[-1] + tensor
+            key = (
+                stage if staged or "vocab" in axes else 0,
+                rank if set(axes) & set(self.units) - {"experts"} else 0,
+                expert if "experts" in axes and self.plan.experts else 0,
+            )
             if key not in shards:
                 names = paths(stage)
                 shards[key] = self._shard(names or spare, key, empty=names is None)
             devices.append(device)
             local.append(shards[key])
 
+        # a scale per channel has one column, which no shard of the inputs divides, and an order one row for all outputs; of other parts a
+        # shard may well have one group, or one expert
+        one = local[0]
+        shared = isinstance(one, QTensor) and (one.group is None or one.order is not None)
+
         def assemble(*leaves):
             shape = (1, *leaves[0].shape) if staged else leaves[0].shape
-            # a scale per channel has one column, which no shard of the inputs divides
-            entries = [e if n > 1 or i == 0 else None for i, (e, n) in enumerate(zip(mesh_axes, shape, strict=True))]
+            kept = [n > 1 or i == 0 or e == EXPERT or not shared for i, (e, n) in enumerate(zip(mesh_axes, shape, strict=True))]
+            entries = [e if keep else None for e, keep in zip(mesh_axes, kept, strict=True)]
             times = [math.prod(self.mesh.shape[m] for m in ((e,) if isinstance(e, str) else e or ())) for e in entries]
             whole = tuple(n * t for n, t in zip(shape, times, strict=True))
             return self._put(leaves, devices, whole, NamedSharding(self.mesh, PartitionSpec(*entries)))
@@ -325,14 +374,15 @@ class _Placer:
         arrays = [jax.device_put(a.reshape(own), d) for a, d in zip(leaves, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
-    def _cut(self, name: str, key: tuple[int, int]) -> tuple[Units | None, ...]:
-        """What the devices of a (stage, tensor rank) hold of a tensor, for each of its axes."""
-        stage, rank = key
-        index = {"vocab": stage * self.tensor + rank}
+    def _cut(self, name: str, key: tuple[int, int, int]) -> tuple[Units | None, ...]:
+        """What the devices of a (stage, tensor rank, expert shard) hold of a tensor, for each of its axes."""
+        stage, rank, expert = key
+        index = {"vocab": stage * self.tensor + rank, "experts": expert}
         return tuple(self.units[a][index.get(a, rank)] if a in self.units else None for a in self.info[name].axes)
 
-    def _shard(self, names: Sequence[str], key: tuple[int, int], empty: bool):
-        """What the devices of a (stage, tensor rank) hold of the named tensors, joined along their outputs; zeros where `empty`."""
+    def _shard(self, names: Sequence[str], key: tuple[int, int, int], empty: bool):
+        """What the devices of a (stage, tensor rank, expert shard) hold of the named tensors, joined along their outputs; zeros where
+        `empty`."""
         parts = []
         for name in names:
             parts.append(self.source[name].read(self._cut(name, key)))
@@ -346,15 +396,16 @@ class _Placer:
 class _Shapes(_Placer):
     """Places nothing and reads nothing: every array is a ShapeDtypeStruct with its sharding."""
 
-    def _shard(self, names: Sequence[str], key: tuple[int, int], empty: bool):
+    def _shard(self, names: Sequence[str], key: tuple[int, int, int], empty: bool):
         cuts = [self._cut(name, key) for name in names]
-        count = sum(
-            self.source[name].shape[0] if cut[0] is None else cut[0].length for name, cut in zip(names, cuts, strict=True)
-        )
+        wholes = [shard_shape(self.source[name].shape, cut) for name, cut in zip(names, cuts, strict=True)]
         row = _columns(_first_row(self.source[names[0]]), cuts[0][-1] if len(cuts[0]) > 1 else None)
-        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((count, *a.shape[1:]), a.dtype), row)
+        if len(wholes[0]) == 1:
+            return jax.ShapeDtypeStruct((sum(shape[0] for shape in wholes),), row.dtype)
+        lead, count = wholes[0][:-2], sum(shape[-2] for shape in wholes)
+        shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, count, a.shape[-1]), a.dtype), row)
         if isinstance(row, QTensor) and row.order is not None:  # one row for all outputs
-            shapes = shapes.replace(order=jax.ShapeDtypeStruct(row.order.shape, row.order.dtype))
+            shapes = shapes.replace(order=jax.ShapeDtypeStruct((*lead, 1, row.order.shape[-1]), row.order.dtype))
         return shapes
 
     def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):
@@ -372,7 +423,9 @@ def _columns(row: np.ndarray | QTensor, unit: Units | None):
 
 def _joined(parts: list):
     """Tensors of one form joined along their outputs."""
-    return qtensor.concatenate(parts) if isinstance(parts[0], QTensor) else np.concatenate(parts)
+    if isinstance(parts[0], QTensor):
+        return qtensor.concatenate(parts)
+    return np.concatenate(parts, axis=0 if parts[0].ndim == 1 else -2)
 
 
 def _same(names: Sequence[str], stage: int) -> Sequence[str]:
@@ -408,8 +461,10 @@ def _kind(tensor: Readable) -> _Kind:
 
 
 def _first_row(tensor: Readable) -> np.ndarray | QTensor:
-    """The first row as `read` gives it, zeros of its form where the tensor describes itself: what a file holds is not read for this."""
+    """The first row, of the first matrix of a stack, as `read` gives it, zeros of its form where the tensor describes itself: what a file
+    holds is not read for this."""
+    *lead, columns = tensor.shape if len(tensor.shape) > 1 else (*tensor.shape, None)
     if not isinstance(tensor, LazyTensor):
-        return tensor.read((Units(1, (0,)),) + (None,) * (len(tensor.shape) - 1))
-    shape = (1, *tensor.shape[1:])
+        return tensor.read((Units(1, (0,)),) * len(lead) + (() if columns is None else (None,)))
+    shape = (1,) * len(lead) + (() if columns is None else (columns,))
     return np.zeros(shape, tensor.dtype) if tensor.packed is None else tensor.packed.blank(shape)

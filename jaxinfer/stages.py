@@ -1,15 +1,27 @@
 """How a model's layers lie over the stages of its pipeline, and what each stage costs."""
 
 import dataclasses
+import functools
+import statistics
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.errors import ConfigError
-from jaxinfer.models.decoder import DecoderWeights
+from jaxinfer.generation import empty_state
+from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.decoder import DecoderWeights, cached_layers
 from jaxinfer.placement import Plan, layer_shapes
+from pallas_kernels.registry import using
+from sharding.context import ParallelContext
 from sharding.costs import Cost, total
+from sharding.mesh import row_shards
+from sharding.rules import MESH_AXES, ROW_AXES, STAGE, TENSOR_AXES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,22 +73,112 @@ class StageReport:
 
 
 def stage_report(
-    plan: Plan, weights: DecoderWeights, *, batch: int, context: int, item: float, layer_seconds: Sequence[float] | None
+    plan: Plan,
+    weights: DecoderWeights,
+    *,
+    batch: int,
+    context: int,
+    item: float,
+    layer_seconds: Sequence[float] | None = None,
+    seconds: Sequence[float] | None = None,
 ) -> StageReport:
     """Of a decode tick of `batch` sequences with `context` cached tokens. item: bytes of a number in the cache. layer_seconds: measured, of
-    every layer. Raises ConfigError for another number of them."""
+    every layer; seconds: of every stage instead, see `stage_seconds`. Raises ConfigError for another number of them."""
     shapes, stages = layer_shapes(plan.config), len(plan.counts)
     if layer_seconds is not None and len(layer_seconds) != len(shapes):
         raise ConfigError(f"{len(layer_seconds)} measured times for {len(shapes)} layers; give one a layer")
     # an array of a slot has a leading stage axis: each stage has its share of the bytes
     slots = [sum(leaf.nbytes for leaf in jax.tree.leaves(layer)) // stages for layer in weights.layers]
     found, start = [], 0
-    for count in plan.counts:
-        layers, nbytes = range(start, start + count), sum(slots[:count])
+    for stage, (count, places) in enumerate(zip(plan.counts, plan.slot_plan.places, strict=True)):
+        layers, nbytes = range(start, start + count), sum(slots[place] for place in places)
         start += count
         per_weight = nbytes / sum(shapes[i].parameters for i in layers)
         costs = [shapes[i].decode(batch=batch, context=context, item=per_weight, cache_item=item) for i in layers]
         cost: Cost = total(costs)
-        seconds = None if layer_seconds is None else sum(layer_seconds[i] for i in layers)
-        found.append(Stage(layers=tuple(layers), flops=cost.flops, moved=cost.moved, nbytes=nbytes, seconds=seconds))
+        taken = None if layer_seconds is None else sum(layer_seconds[i] for i in layers)
+        taken = taken if seconds is None else seconds[stage]
+        found.append(Stage(layers=tuple(layers), flops=cost.flops, moved=cost.moved, nbytes=nbytes, seconds=taken))
     return StageReport(stages=tuple(found), slots=plan.slots, held=sum(slots))
+
+
+def stage_seconds(
+    plan: Plan,
+    mesh: Mesh,
+    weights: DecoderWeights,
+    *,
+    batch: int,
+    context: int,
+    cache_dtype,
+    kernels: str,
+    repetitions: int = 5,
+) -> list[float]:
+    """Median time of every stage's layers for a decode tick of `batch` sequences with `context` cached tokens, each stage by itself on its
+    own devices, while the others rest. kernels: see EngineConfig. Raises ConfigError on a mesh of several processes."""
+    if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
+        raise ConfigError("stages are measured one by one, and other processes have some of them; measure on one process")
+    without = ("native", "pallas") if kernels == "xla" else ()
+    out = []
+    with using(without=without):
+        for stage in range(len(plan.counts)):
+            call = _alone(plan, mesh, weights, stage, batch=batch, context=context, cache_dtype=cache_dtype)
+            call()  # compiles
+            times = []
+            for _ in range(repetitions):
+                start = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - start)
+            out.append(statistics.median(times))
+    return out
+
+
+def _part(config: ModelConfig, first: int, count: int) -> ModelConfig:
+    """A model of some of the layers."""
+    layers = range(first, first + count)
+    moe = config.moe and tuple(i - first for i in config.moe.layers if i in layers)
+    return dataclasses.replace(
+        config,
+        layers=count,
+        windows=config.windows[first : first + count],
+        moe=dataclasses.replace(config.moe, layers=moe) if config.moe and moe else None,
+    )
+
+
+def _alone(plan: Plan, mesh: Mesh, weights: DecoderWeights, stage: int, *, batch: int, context: int, cache_dtype):
+    """A call that runs the layers of one stage for a tick, and waits for them."""
+    devices = Mesh(mesh.devices[:, stage : stage + 1], MESH_AXES)
+    config = _part(plan.config, sum(plan.counts[:stage]), plan.counts[stage])
+    own = dataclasses.replace(
+        plan, config=config, counts=(config.layers,), context=ParallelContext.from_mesh(devices), experts=plan.experts
+    )
+
+    def here(array: jax.Array) -> jax.Array:
+        shards = {shard.device: shard.data for shard in array.addressable_shards}
+        local = [shards[device] for device in devices.devices.flat]
+        shape, sharding = (1, *array.shape[1:]), array.sharding
+        assert isinstance(sharding, NamedSharding)
+        return jax.make_array_from_single_device_arrays(shape, NamedSharding(devices, sharding.spec), local)
+
+    layers = jax.tree.map(here, tuple(weights.layers[place] for place in plan.slot_plan.places[stage]))
+    specs = jax.tree.map(lambda a: a.sharding.spec, layers)
+    rows, cached = PartitionSpec(ROW_AXES), PartitionSpec((STAGE, *ROW_AXES), TENSOR_AXES)
+    sharded = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
+    fresh = lambda: empty_state(own, batch=batch, tokens=context, cache_dtype=cache_dtype).caches
+    kept = [jax.jit(sharded(fresh, in_specs=(), out_specs=cached))()]
+
+    def tick(layers, x, caches, positions):
+        order = None if len(plan.counts) == 1 else jnp.arange(x.shape[0], dtype=jnp.int32)
+        local = jax.tree.map(lambda a: a[0], layers)
+        return cached_layers(local, x, caches, positions, config, own.layer_spec, own.context, rows=order)
+
+    run = jax.jit(sharded(tick, in_specs=(specs, rows, cached, rows), out_specs=(rows, cached)), donate_argnums=2)
+    count = batch * row_shards(devices)
+    place = lambda a: jax.device_put(a, NamedSharding(devices, rows))
+    x = place(np.random.default_rng(0).standard_normal((count, 1, config.embed), np.float32))
+    positions = place(np.full((count, 1), context - 1, np.int32))
+
+    def call() -> None:
+        y, kept[0] = run(layers, x, kept[0], positions)
+        jax.block_until_ready(y)
+
+    return call

@@ -38,8 +38,8 @@ MIN_EFFECT = 2e-4  # of the largest logit: twice the tolerance of the tests (gel
 
 def load(folder: Path) -> torch.nn.Module:
     """The model in `folder` in float32 with the plain attention, as any user of transformers loads it."""
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    return model.eval()
+    plain = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **plain).eval()
 
 
 def shapes_of(case: Case) -> dict[str, list[int]]:
@@ -51,6 +51,7 @@ def shapes_of(case: Case) -> dict[str, list[int]]:
         state = AutoModelForCausalLM.from_config(config).state_dict()
     tied = config.tie_word_embeddings and not case.own_head
     shapes = {name: list(t.shape) for name, t in state.items() if not (tied and name == "lm_head.weight")}
+    shapes = case.stored(shapes) if case.stored else shapes
     return {name.removeprefix(case.strip): shape for name, shape in shapes.items()} | {
         name: list(shape) for name, shape in case.buffers.items()
     }

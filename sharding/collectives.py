@@ -8,6 +8,7 @@ region is opened by `enter` and closed by `leave`: identity forward and sum back
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,6 +35,31 @@ def enter(x, axes: Axes):
 
 
 enter.defvjp(lambda x, axes: (x, None), lambda axes, _, g: (lax.psum(g, axes),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def same_rows(x, axes: Axes, replicas: int, first: int):
+    """Identity of an array whose rows from `first` on are the same on each run of `replicas` neighbours over `axes`; the gradient of those
+    rows is the sum over the run, so that they stay the same. No collective forward."""
+    return x
+
+
+def _same_rows_bwd(axes, replicas, first, _, g):
+    every = lax.all_gather(g[first:], axes)  # [shards, rows, ...]
+    run = lax.dynamic_slice_in_dim(every, lax.axis_index(axes) // replicas * replicas, replicas)
+    return (jnp.concatenate([g[:first], jnp.sum(run, 0)]),)
+
+
+same_rows.defvjp(lambda x, axes, replicas, first: (x, None), _same_rows_bwd)
+
+
+@jax.custom_vjp
+def frozen_zeros(x, real):
+    """Identity of an array that holds padding; the gradient is zero where `real`, bool in a shape that broadcasts to it, is not."""
+    return x
+
+
+frozen_zeros.defvjp(lambda x, real: (x, real), lambda real, g: (jnp.where(real, g, 0), None))
 
 
 BLOCK = 256  # numbers that share a scale where sums are sent as INT8
@@ -115,6 +141,72 @@ def _previous_stage(axis, _, g):
 next_stage.defvjp(lambda x, axis: (next_stage(x, axis), None), _previous_stage)
 
 
+# --- rows to the shards that hold their experts, and back
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rows", "experts", "sent", "received", "places"),
+    meta_fields=("capacity",),
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrived:
+    """What `dispatch` brought to a shard. rows: float [n * capacity, D], those of shard i from i * capacity on. experts: int32
+    [n * capacity], the expert of each among this shard's; their number where there is no row, which is zero then. sent, received: int32
+    [n], rows to and from each shard. places: int32 [n], where each shard keeps its first row for this one."""
+
+    rows: jax.Array
+    experts: jax.Array
+    sent: jax.Array
+    received: jax.Array
+    places: jax.Array
+    capacity: int
+
+
+def _starts(sizes):
+    return jnp.cumsum(sizes) - sizes
+
+
+def dispatch(x, sizes, axis: str, *, capacity: int, ragged: bool) -> Arrived:
+    """Rows x [N, D], in the order of the experts of all shards, to the shards that hold these: an all-to-all of counts, and one of rows.
+
+    sizes: int32 [n, E], rows for each of the E experts of each of the n shards, which add up to N. capacity: rows that any shard may
+    send to another one, at most; none is dropped. ragged: send only the rows that there are (`lax.ragged_all_to_all`, which XLA has for
+    GPUs), else blocks padded to the capacity. Gradients are those of its steps: an all-to-all of rows the other way.
+    """
+    n, E = sizes.shape
+    sent = jnp.sum(sizes, 1)
+    starts = _starts(sent)
+    told = lax.all_to_all(jnp.concatenate([sizes, starts[:, None]], 1), axis, 0, 0)  # [n, E + 1], of each sender
+    counts, places = told[:, :E], told[:, E]
+    received = jnp.sum(counts, 1)
+    if ragged:
+        mine = jnp.full((n,), lax.axis_index(axis) * capacity, jnp.int32)
+        out = jnp.zeros((n * capacity, x.shape[1]), x.dtype)
+        rows = lax.ragged_all_to_all(x, out, starts, sent, mine, received, axis_name=axis)
+    else:
+        taken = starts[:, None] + jnp.arange(capacity)
+        real = jnp.arange(capacity) < sent[:, None]
+        blocks = jnp.where(real[..., None], x[jnp.where(real, taken, 0)], 0)
+        rows = lax.all_to_all(blocks, axis, 0, 0).reshape(n * capacity, -1)
+    ends = jnp.cumsum(counts, 1)  # within a sender's rows, which are in the order of experts
+    experts = jnp.sum(jnp.arange(capacity)[:, None] >= ends[:, None], -1, dtype=jnp.int32)  # [n, capacity]
+    return Arrived(rows=rows, experts=experts.reshape(-1), sent=sent, received=received, places=places, capacity=capacity)
+
+
+def collect(y, arrived: Arrived, axis: str, *, rows: int, ragged: bool):
+    """What was made of the rows that arrived, [n * capacity, D] in their order, back in the places that they had: [rows, D]."""
+    n, capacity = arrived.sent.shape[0], arrived.capacity
+    starts = _starts(arrived.sent)
+    if ragged:
+        own = jnp.arange(n, dtype=jnp.int32) * capacity
+        out = jnp.zeros((rows, y.shape[1]), y.dtype)
+        return lax.ragged_all_to_all(y, out, own, arrived.received, arrived.places, arrived.sent, axis_name=axis)
+    blocks = lax.all_to_all(y.reshape(n, capacity, -1), axis, 0, 0).reshape(n * capacity, -1)
+    shard = jnp.repeat(jnp.arange(n, dtype=jnp.int32), arrived.sent, total_repeat_length=rows)
+    return blocks[shard * capacity + jnp.arange(rows, dtype=jnp.int32) - starts[shard]]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Expected:
     """Collectives in the text of a compiled program, where a loop's body counts once and both branches of a conditional count."""
@@ -124,6 +216,7 @@ class Expected:
     collective_permute: int = 0
     reduce_scatter: int = 0
     all_to_all: int = 0
+    ragged_all_to_all: int = 0
 
     def by_name(self) -> dict[str, int]:
         """Counts under their HLO names, zeros left out."""
@@ -132,34 +225,55 @@ class Expected:
 
 
 def expected_decode(
-    *, slots: int, stages: int, tensor: int, data: int = 1, tensor_hosts: int = 1, int8: bool = False
+    *,
+    slots: int,
+    stages: int,
+    tensor: int,
+    data: int = 1,
+    tensor_hosts: int = 1,
+    int8: bool = False,
+    expert: int = 1,
+    moe_slots: int = 0,
+    ragged: bool = False,
 ) -> Expected:
     """What a decode program must have, and no more.
 
-    slots: layers of the longest stage. stages, tensor, data, tensor_hosts: sizes of the mesh's axes. Per tick: two all-reduces a layer
+    slots: layer slots of a stage. stages, tensor, data, tensor_hosts, expert: sizes of the mesh's axes. Per tick: two all-reduces a layer
     under tensor parallelism, each of which is a reduce-scatter, an all-reduce and an all-gather where shards lie on several hosts with
     several each (with INT8 across hosts an all-to-all and an all-gather instead of its all-reduce); where the vocabulary is split one for
     the embedding, two for the greedy token (largest logit, lowest id), two for log-probabilities if asked for, and one all-gather of the
-    logits if any token is drawn; with a pipeline one all-reduce of the last stage's output and one permute; under a data axis one of a
-    scalar, whether any shard goes on.
+    logits if any token is drawn; with a pipeline one all-reduce of the last stage's output and one permute; where the batch is split, over
+    data or experts, one of a scalar, whether any shard goes on. Where experts are split, each of the moe_slots layers that have some takes
+    three all-to-alls: of counts, of rows to the experts and of rows back, the latter two ragged ones where so asked.
     """
     shards = tensor * tensor_hosts
     split_vocab, pipeline = stages * shards > 1, stages > 1
     sums, layered = 2 * slots * (shards > 1), tensor > 1 and tensor_hosts > 1
     across = sums if not (layered and int8) else 0
+    exchanges = moe_slots if expert > 1 else 0
     return Expected(
-        all_reduce=5 * split_vocab + across + pipeline + (data > 1),
+        all_reduce=5 * split_vocab + across + pipeline + (data * expert > 1),
         all_gather=int(split_vocab) + (sums * (2 if int8 else 1) if layered else 0),
         collective_permute=int(pipeline),
         reduce_scatter=sums if layered else 0,
-        all_to_all=sums if layered and int8 else 0,
+        all_to_all=(sums if layered and int8 else 0) + exchanges * (1 if ragged else 3),
+        ragged_all_to_all=2 * exchanges if ragged else 0,
     )
 
 
-def expected(config: Any, mesh: Mesh, *, int8: bool = False) -> Expected:
-    """`expected_decode` of a model with so many `config.layers`, on a mesh of sharding.mesh.make_mesh."""
-    sizes = {name: mesh.shape[name] for name in ("tensor", "data", "tensor_hosts")}
-    return expected_decode(slots=-(-config.layers // mesh.shape["stage"]), stages=mesh.shape["stage"], int8=int8, **sizes)
+def expected(
+    config: Any, mesh: Mesh, *, int8: bool = False, ragged: bool = False, kinds: Sequence[str] | None = None
+) -> Expected:
+    """`expected_decode` of a model on a mesh of sharding.mesh.make_mesh.
+
+    config: has `layers`, and `moe`, which is None for a model without experts. kinds: of the layer slots, "moe" those with experts; needed
+    for models that have them in some layers only, by default as few slots as can be, all alike.
+    """
+    if kinds is None:
+        kinds = ("moe" if config.moe else "dense",) * -(-config.layers // mesh.shape["stage"])
+    sizes = {name: mesh.shape[name] for name in ("tensor", "data", "tensor_hosts", "expert")}
+    more = {"int8": int8, "ragged": ragged, "moe_slots": sum(kind == "moe" for kind in kinds)}
+    return expected_decode(slots=len(kinds), stages=mesh.shape["stage"], **sizes, **more)
 
 
 # --- what each sends
@@ -197,3 +311,12 @@ def all_gather_bytes(nbytes: float, *, shards: int) -> float:
 def permute_bytes(nbytes: float) -> float:
     """That a device sends in `next_stage`."""
     return nbytes
+
+
+def dispatch_bytes(tokens: int, *, used: int, row: float, shards: int, experts: int, ragged: bool = False) -> float:
+    """That a device sends in `dispatch`, and as many again in `collect`: of `tokens` tokens of `row` bytes with `used` experts each, over
+    `shards` shards of `experts` experts each. Padded, every other shard is sent the capacity tokens * min(used, experts); ragged, the
+    (shards - 1) / shards of the rows that go elsewhere where the choice is even. The counts are 4 (experts + 1) bytes a shard beside that.
+    """
+    rows = (shards - 1) / shards * tokens * used if ragged else (shards - 1) * tokens * min(used, experts)
+    return rows * row + 4 * (experts + 1) * (shards - 1)

@@ -8,21 +8,23 @@ from jax.sharding import Mesh
 
 from sharding import collectives
 from sharding.mesh import check_mesh
-from sharding.rules import DATA, STAGE, TENSOR_AXES
+from sharding.rules import EXPERT, ROW_AXES, STAGE, TENSOR_AXES
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParallelContext:
     """Names of the mesh axes that are larger than 1, as seen inside shard_map. An axis of size 1 emits no collective.
 
-    tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. data: the batch axis or None. int8_hosts:
-    partial sums cross hosts as INT8 (`collectives.all_reduce_int8`), where tensor shards lie on several.
+    tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. rows: axes that split the batch. expert: the
+    one of them that splits experts too, or None. int8_hosts: partial sums cross hosts as INT8 (`collectives.all_reduce_int8`), where tensor
+    shards lie on several.
     """
 
     tensor: tuple[str, ...] = ()
     stage: str | None = None
     stages: int = 1
-    data: str | None = None
+    rows: tuple[str, ...] = ()
+    expert: str | None = None
     int8_hosts: bool = False
 
     @classmethod
@@ -33,7 +35,8 @@ class ParallelContext:
             tensor=tuple(a for a in TENSOR_AXES if a in large),
             stage=STAGE if STAGE in large else None,
             stages=mesh.shape[STAGE],
-            data=DATA if DATA in large else None,
+            rows=tuple(a for a in ROW_AXES if a in large),
+            expert=EXPERT if EXPERT in large else None,
         )
 
     # --- tensor parallelism
@@ -55,14 +58,34 @@ class ParallelContext:
             return x
         return jnp.where(lax.axis_index(self.tensor) == 0, x, 0)
 
+    def same_rows(self, x, replicas: int, first: int):
+        """`x`, whose rows from `first` on are the same on `replicas` neighbouring tensor shards (a gradient rule only)."""
+        return collectives.same_rows(x, self.tensor, replicas, first)
+
+    def frozen_columns(self, x, real):
+        """`x` [rows, columns], of whose columns on this tensor shard only those are trained that are `real`, a table bool [shards, columns]
+        (a gradient rule only)."""
+        return collectives.frozen_zeros(x, jnp.asarray(real)[lax.axis_index(self.tensor)])
+
     def max_over_tensor(self, x):
         """Largest value over the tensor shards: scales of activations that are split."""
         return lax.pmax(x, self.tensor) if self.tensor else x
 
-    # --- rows, split over data shards
-    def max_over_data(self, x):
-        """Largest value over the data shards."""
-        return lax.pmax(x, self.data) if self.data else x
+    # --- rows
+    def max_over_rows(self, x):
+        """Largest value over the shards of the batch."""
+        return lax.pmax(x, self.rows) if self.rows else x
+
+    # --- experts
+    def to_experts(self, x, sizes, *, capacity: int, ragged: bool) -> collectives.Arrived:
+        """Rows to the shards that hold their experts, see `collectives.dispatch`."""
+        assert self.expert is not None
+        return collectives.dispatch(x, sizes, self.expert, capacity=capacity, ragged=ragged)
+
+    def from_experts(self, y, arrived: collectives.Arrived, *, rows: int, ragged: bool):
+        """What came of them back to where they are from, see `collectives.collect`."""
+        assert self.expert is not None
+        return collectives.collect(y, arrived, self.expert, rows=rows, ragged=ragged)
 
     # --- the vocabulary, split over stages and tensor shards
     @property

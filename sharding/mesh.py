@@ -1,4 +1,4 @@
-"""Meshes with the four axes that every program here is written for: data, stage, tensor_hosts, tensor."""
+"""Meshes with the five axes that every program here is written for: data, stage, expert, tensor_hosts, tensor."""
 
 import itertools
 import math
@@ -11,18 +11,19 @@ from jax.sharding import Mesh
 
 from sharding.distributed import hosts_of
 from sharding.errors import MeshError
-from sharding.rules import MESH_AXES
+from sharding.rules import MESH_AXES, ROW_AXES
 
 
 def make_mesh(
     *,
     data: int = 1,
     stage: int = 1,
+    expert: int = 1,
     tensor_hosts: int | None = None,
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Mesh over the first data * stage * tensor_hosts * tensor devices, `tensor` innermost (the fastest links).
+    """Mesh over the first data * stage * expert * tensor_hosts * tensor devices, `tensor` innermost (the fastest links).
 
     tensor_hosts: None divides `tensor` over hosts where it is larger than one: tensor=16 on hosts of 8 devices is tensor_hosts=2, tensor=8.
     Raises MeshError for a size below 1 or more devices than there are, before anything is placed.
@@ -31,7 +32,7 @@ def make_mesh(
     if tensor_hosts is None:
         tensor_hosts = hosts_spanned(hosts_of([device.process_index for device in available]), tensor)
         tensor = tensor // tensor_hosts if tensor_hosts > 1 else tensor
-    shape = {"data": data, "stage": stage, "tensor_hosts": tensor_hosts, "tensor": tensor}
+    shape = {"data": data, "stage": stage, "expert": expert, "tensor_hosts": tensor_hosts, "tensor": tensor}
     for name, size in shape.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise MeshError(f"mesh axis {name} is {size!r}; give a whole number of at least 1")
@@ -50,6 +51,11 @@ def make_mesh(
     return Mesh(np.array(available[:wanted]).reshape(tuple(shape.values())), MESH_AXES)
 
 
+def row_shards(mesh: Mesh) -> int:
+    """Over how many shards sequences are spread."""
+    return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
 def hosts_spanned(hosts: Sequence[int], tensor: Any) -> int:
     """Over how many hosts each run of `tensor` neighbours among devices lies, given the host of every device; 1 where the runs are not
     all divided alike, one host after the other."""
@@ -64,7 +70,7 @@ def hosts_spanned(hosts: Sequence[int], tensor: Any) -> int:
 
 
 def check_mesh(mesh: Mesh) -> None:
-    """Raise MeshError unless `mesh` has the four axes in their order."""
+    """Raise MeshError unless `mesh` has the five axes in their order."""
     if tuple(mesh.axis_names) != MESH_AXES:
         raise MeshError(
             f"the mesh has axes {tuple(mesh.axis_names)}, needed are {MESH_AXES}; build it with sharding.mesh.make_mesh"

@@ -83,6 +83,13 @@ def split_even(size: int, shards: int, unit: int = 1) -> tuple[Units, ...]:
     return tuple(out)
 
 
+def split_experts(experts: int, shards: int) -> tuple[tuple[int, ...], ...]:
+    """The experts that each shard holds: neighbours, as alike in number as can be, padded with -1 to one length."""
+    counts = [experts // shards + (s < experts % shards) for s in range(shards)]
+    starts = [sum(counts[:s]) for s in range(shards)]
+    return tuple((*range(start, start + n), *[-1] * (max(counts) - n)) for start, n in zip(starts, counts, strict=True))
+
+
 @dataclasses.dataclass(frozen=True)
 class HeadSplit:
     """Which query and key/value heads each shard holds. Query heads of a shard are grouped by its kv heads, in order.
@@ -92,6 +99,16 @@ class HeadSplit:
 
     query: tuple[tuple[int, ...], ...]
     kv: tuple[tuple[int, ...], ...]
+
+    @property
+    def replicas(self) -> int:
+        """Neighbouring shards that hold the same kv heads, each with query heads of its own."""
+        return next((shard for shard, held in enumerate(self.kv) if held != self.kv[0]), len(self.kv))
+
+    @property
+    def real(self) -> tuple[tuple[bool, ...], ...]:
+        """For each shard, which of its query heads are no padding."""
+        return tuple(tuple(head >= 0 for head in held) for held in self.query)
 
     def query_units(self, head_dim: int) -> tuple[Units, ...]:
         return tuple(Units(head_dim, q) for q in self.query)

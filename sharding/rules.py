@@ -9,18 +9,22 @@ from jax.sharding import PartitionSpec
 
 from sharding.errors import AxisRuleError
 
-DATA, STAGE, TENSOR_HOSTS, TENSOR = "data", "stage", "tensor_hosts", "tensor"
-MESH_AXES = (DATA, STAGE, TENSOR_HOSTS, TENSOR)
+DATA, STAGE, EXPERT, TENSOR_HOSTS, TENSOR = "data", "stage", "expert", "tensor_hosts", "tensor"
+MESH_AXES = (DATA, STAGE, EXPERT, TENSOR_HOSTS, TENSOR)
 TENSOR_AXES = (TENSOR_HOSTS, TENSOR)
+# Sequences are spread over these. Shards of the expert axis have rows of their own, and a part of the experts, which serve the rows of all.
+ROW_AXES = (DATA, EXPERT)
 
 # The vocabulary is split over the stages too, so that the first and the last stage cost no more than the others.
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": (DATA,),
+    "batch": ROW_AXES,
     "stage": (STAGE,),
     "vocab": (STAGE, *TENSOR_AXES),
     "heads": TENSOR_AXES,
     "kv_heads": TENSOR_AXES,
     "mlp": TENSOR_AXES,
+    "experts": (EXPERT,),
+    "expert_mlp": TENSOR_AXES,
     "embed": (),
     "head_dim": (),
 }

@@ -34,7 +34,7 @@ BLOCK = {
     "ffn_down": "mlp.down_proj",
 }
 # architectures whose converter reorders the rows of q and k so that rotary pairs lie side by side
-INTERLEAVED = frozenset({"llama"})
+INTERLEAVED = frozenset({"llama", "mixtral"})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,10 +53,27 @@ class Architecture:
 
 
 _ROTARY = {"rope_theta": 10000.0, "hidden_act": "silu"}
+# Router and experts, those of a layer in one tensor.
+_EXPERTS = {f"ffn_{part}_exps": f"mlp.experts.{part}_proj" for part in ("gate", "up", "down")} | {"ffn_gate_inp": "mlp.gate"}
+_MIXTRAL = {"ffn_gate_exps": "w1", "ffn_down_exps": "w2", "ffn_up_exps": "w3"}
 _ATTENTION_BIAS = {"attention_bias": "self_attn.q_proj"}
 # Matrices are [outputs, inputs] in all of them; in GPT-2's own files they are the other way round.
 ARCHITECTURES = {
     "llama": Architecture(name="LlamaForCausalLM", defaults=_ROTARY, biases={**_ATTENTION_BIAS, "mlp_bias": "mlp.up_proj"}),
+    "qwen3moe": Architecture(
+        name="Qwen3MoeForCausalLM",
+        block=_EXPERTS,
+        keys={"expert_count": "num_experts", "expert_feed_forward_length": "moe_intermediate_size"},
+        defaults={**_ROTARY, "norm_topk_prob": True},  # which llama.cpp does whatever the model
+        biases=_ATTENTION_BIAS,
+    ),
+    # a llama with experts, see `architecture_of`
+    "mixtral": Architecture(
+        name="MixtralForCausalLM",
+        block={name: f"block_sparse_moe.experts.{own}" for name, own in _MIXTRAL.items()}
+        | {"ffn_gate_inp": "block_sparse_moe.gate"},
+        defaults=_ROTARY,
+    ),
     "qwen2": Architecture(name="Qwen2ForCausalLM", defaults=_ROTARY),
     "qwen3": Architecture(name="Qwen3ForCausalLM", defaults=_ROTARY, biases=_ATTENTION_BIAS),
     "phi3": Architecture(
@@ -117,6 +134,12 @@ YARN_ATTENTION = "rope.scaling.attn_factor"
 UNUSED = ("rope.scaling.finetuned", "tensor_data_layout")  # how the model and the file came to be
 
 
+def architecture_of(metadata: Mapping[str, Any]) -> str | None:
+    """The key of ARCHITECTURES that a file's metadata means: its own name of the architecture, but for a llama that has experts."""
+    name = metadata.get("general.architecture")
+    return "mixtral" if name == "llama" and metadata.get("llama.expert_count") else name
+
+
 def canonical_name(name: str, architecture: str | None = None) -> str:
     """The Hugging Face name of a GGUF tensor in a file of this architecture; a name that is not in the table is passed on as it is."""
     match = _NAME.fullmatch(name)
@@ -146,7 +169,7 @@ def config_from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple
 
     A key of the architecture that has no counterpart is passed on under its GGUF name, so that a strict family refuses it.
     """
-    architecture = metadata.get("general.architecture")
+    architecture, meant = metadata.get("general.architecture"), architecture_of(metadata)
     if not isinstance(architecture, str):
         raise UnsupportedFormatError("the GGUF file has no general.architecture; convert it again with a current llama.cpp")
     own = {k.removeprefix(f"{architecture}."): v for k, v in metadata.items() if k.startswith(f"{architecture}.")}
@@ -154,8 +177,8 @@ def config_from_metadata(metadata: Mapping[str, Any], shapes: Mapping[str, tuple
         raise UnsupportedFormatError(
             f"the GGUF file of a {architecture} holds longrope factors as tensors, which are not read; use the model's safetensors"
         )
-    config: dict[str, Any] = {"model_type": architecture}
-    known = ARCHITECTURES.get(architecture)
+    config: dict[str, Any] = {"model_type": meant}
+    known = ARCHITECTURES.get(meant or architecture)
     keys = {**CONFIG, **known.keys} if known else CONFIG
     if known:
         config["architectures"] = [known.name]

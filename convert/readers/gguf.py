@@ -89,7 +89,7 @@ def open_gguf(path: Path) -> Checkpoint:
         raise UnsupportedFormatError(
             f"{path} is one of {header.metadata['split.count']} parts; join them with llama-gguf-split --merge"
         )
-    architecture = header.metadata.get("general.architecture")
+    architecture = names.architecture_of(header.metadata)
     canonical = {names.canonical_name(name, architecture): entry for name, entry in header.tensors.items()}
     raw = {name: _tensor(file, name, *entry) for name, entry in canonical.items()}
     frequencies = raw.pop("rope_freqs.weight", None)

@@ -17,8 +17,9 @@ from pallas_kernels.attention_block import AttentionWeights
 from pallas_kernels.mlp_block import MLPWeights
 
 
-def matrix(rngs: nnx.Rngs, shape: tuple[int, int], axes: tuple[str | None, str], dtype) -> nnx.Param:
-    """A weight [out, in], normal with variance 1 / in. axes: logical names, see sharding.rules; None for one that is never split."""
+def matrix(rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype) -> nnx.Param:
+    """A weight [out, in], or a stack of them, normal with variance 1 / in. axes: logical names, see sharding.rules; None for one that is
+    never split."""
     value = jax.random.normal(rngs.params(), shape, jnp.float32) / math.sqrt(shape[-1])
     return nnx.Param(value.astype(dtype), axes=axes)
 
@@ -49,7 +50,7 @@ class WeightBlock(nnx.Module):
         return {n: p.get_metadata("axes") for n, p in vars(self).items() if isinstance(p, nnx.Param)}
 
 
-def _present(*values):
+def present(*values):
     return tuple(v for v in values if v is not None)
 
 
@@ -81,8 +82,8 @@ class Attention(WeightBlock):
         return AttentionWeights(
             norm=get("norm"),
             norm_bias=get("norm_bias"),
-            qkv=_present(get("q"), get("k"), get("v")),
-            qkv_bias=_present(get("q_bias"), get("k_bias"), get("v_bias")),
+            qkv=present(get("q"), get("k"), get("v")),
+            qkv_bias=present(get("q_bias"), get("k_bias"), get("v_bias")),
             q_norm=get("q_norm"),
             k_norm=get("k_norm"),
             out=get("o"),
@@ -113,8 +114,8 @@ class MLP(WeightBlock):
         return MLPWeights(
             norm=get("norm"),
             norm_bias=get("norm_bias"),
-            up=_present(get("gate"), get("up")),
-            up_bias=_present(get("gate_bias"), get("up_bias")),
+            up=present(get("gate"), get("up")),
+            up_bias=present(get("gate_bias"), get("up_bias")),
             down=get("down"),
             down_bias=get("down_bias"),
         )

@@ -13,7 +13,8 @@ from pallas_kernels.norm import KINDS
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AttentionConfig:
     """heads N, kv_heads K (N a multiple of K), head_dim H. bias: on q, k and v; output_bias: on the output. scale: of the scores.
-    rope: None where heads are not rotated. qk_norm: a norm of each head of q and k before that. soft_cap: of the scores, or None."""
+    rope: None where heads are not rotated. qk_norm: a norm of each head of q and k before that. soft_cap: of the scores, or None. integer:
+    what is multiplied are 8-bit levels, a choice of `quantization.attention_bits` and not of the architecture."""
 
     heads: int
     kv_heads: int
@@ -24,6 +25,7 @@ class AttentionConfig:
     output_bias: bool = False
     qk_norm: bool = False
     soft_cap: float | None = None
+    integer: bool = False
 
     def __post_init__(self):
         if self.kv_heads < 1 or self.heads % self.kv_heads:
@@ -42,13 +44,31 @@ class MLPConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """experts E gated MLPs of `width` without biases, of which a router chooses `used` for each token. normalise: the weights of those
+    add up to one, else they are shares of the softmax over all experts. layers: that have them, in order; others have the dense MLP."""
+
+    experts: int
+    used: int
+    width: int
+    normalise: bool
+    layers: tuple[int, ...]
+
+    def __post_init__(self):
+        if not 1 <= self.used <= self.experts:
+            raise ValueError(f"{self.used} experts of a token, there are {self.experts}; give at least 1 and at most all")
+        if not self.layers or list(self.layers) != sorted(set(self.layers)) or self.layers[0] < 0:
+            raise ValueError(f"layers with experts are {self.layers}; give their numbers in order, at least one")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """A decoder. vocab V, embed D, layers L. tied: the head is the embedding. max_positions: tokens the model was made for.
 
     norm: kind of all norms, one of `pallas_kernels.norm.KINDS`; a layer norm has a bias. post_norms: each half layer's result is normed
     before it is added. windows: keys that a query of each layer sees, its own among them, None for all; () where no layer has a
     window. embed_scale: factor on embeddings. learned_positions: a table of max_positions rows is added to the embeddings.
-    soft_cap: of the logits, or None. Raises ValueError.
+    soft_cap: of the logits, or None. moe: experts, which some layers or all have in place of the MLP, or None. Raises ValueError.
     """
 
     family: str
@@ -66,6 +86,7 @@ class ModelConfig:
     embed_scale: float = 1.0
     learned_positions: bool = False
     soft_cap: float | None = None
+    moe: MoEConfig | None = None
 
     def __post_init__(self):
         if self.norm not in KINDS:
@@ -77,6 +98,17 @@ class ModelConfig:
         if bad := [w for w in self.windows if w is not None and w < 1]:
             raise ValueError(f"a window of {bad[0]} keys; give at least 1, or None for all")
         _check_soft_cap("the logits' soft cap", self.soft_cap)
+        if self.moe is not None:
+            if self.moe.layers[-1] >= self.layers:
+                raise ValueError(f"layer {self.moe.layers[-1]} has experts, but there are {self.layers} layers, from 0 on")
+            if self.norm == "layer" or not self.mlp.gated or self.mlp.bias:
+                raise ValueError(
+                    "experts are gated MLPs without biases after a root-mean-square norm; other ones are not supported"
+                )
+
+    def kind(self, layer: int) -> str:
+        """What a layer has after its attention: "moe" or "dense". Layers of one kind have parameters of the same shapes."""
+        return "moe" if self.moe is not None and layer in self.moe.layers else "dense"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON values; `from_dict` gives an equal config back."""
@@ -89,7 +121,9 @@ class ModelConfig:
         attention, mlp = dict(values.pop("attention")), MLPConfig(**values.pop("mlp"))
         stored = attention.pop("rope")
         rope = None if stored is None else RopeConfig(**_with_tuples(stored))
-        return cls(attention=AttentionConfig(rope=rope, **attention), mlp=mlp, **values)
+        moe = values.pop("moe", None)
+        moe = None if moe is None else MoEConfig(**_with_tuples(moe))
+        return cls(attention=AttentionConfig(rope=rope, **attention), mlp=mlp, moe=moe, **values)
 
 
 def _with_tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -10,10 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from jaxinfer.models.blocks import MLP, Attention, matrix, norm_scale, vector
 from jaxinfer.models.config import ModelConfig
+from jaxinfer.models.experts import MoE, MoESpec, MoEWeights, moe_block
 from jaxinfer.models.positions import rope_angles
 from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
 from pallas_kernels.embedding import embedding
@@ -21,8 +23,10 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
 from pallas_kernels.norm import norm
+from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul import quant_matmul
 from sharding.context import ALONE, ParallelContext
+from sharding.partition import HeadSplit
 
 # What a layer and a decoder hold beside their blocks, by the names of both module and weights.
 POST_NORMS = ("attention_post_norm", "mlp_post_norm")
@@ -35,7 +39,7 @@ class LayerWeights:
     """The weights of a layer. Post norms [D] are of the half layers' results, None for none."""
 
     attention: AttentionWeights
-    mlp: MLPWeights
+    mlp: MLPWeights | MoEWeights
     attention_post_norm: jax.Array | None = None
     mlp_post_norm: jax.Array | None = None
 
@@ -62,46 +66,64 @@ class DecoderWeights:
 class LayerSpec:
     """What is fixed in a layer when a program is compiled.
 
-    windows: per layer slot the window of each stage's layer, or None for a model without. They are made operands of the layer, so that
-    layers that differ in them share its program.
+    moe: of layers that have experts, or None. heads: which heads each tensor shard holds, where there are several. windows: per layer slot
+    the window of each stage's layer, or None for a model without. They are made operands of the layer, so that layers that differ in them
+    share its program.
     """
 
     attention: AttentionSpec
     mlp: MLPSpec
+    moe: MoESpec | None = None
+    heads: HeadSplit | None = None
     windows: tuple[tuple[int, ...], ...] | None = None
 
 
 ALL_KEYS = 2**31 - 1  # the window of a layer that has none, beside layers that have one
 
 
-def layer_spec(config: ModelConfig, group: int | None = None, slots: Sequence[Sequence[int]] | None = None) -> LayerSpec:
-    """group: query heads per kv head on a shard; the model's own by default. slots: for each layer slot the layers that lie in it, one a
-    stage; by default every layer has its own."""
+def layer_spec(
+    config: ModelConfig,
+    heads: HeadSplit | None = None,
+    slots: Sequence[Sequence[int]] | None = None,
+    experts: tuple[tuple[int, ...], ...] = (),
+) -> LayerSpec:
+    """heads: which heads each tensor shard holds; all of them by default. slots: for each layer slot the layers that lie in it, one a
+    stage; by default every layer has its own. experts: those that each expert shard holds, see MoESpec."""
     a, m = config.attention, config.mlp
-    windows = None
+    windows, moe = None, None
     if config.windows:
         slots = [(i,) for i in range(config.layers)] if slots is None else slots
         windows = tuple(tuple(config.windows[i] or ALL_KEYS for i in layers) for layers in slots)
+    if config.moe is not None:
+        common: dict[str, Any] = {"activation": m.activation, "eps": config.norm_eps, "norm": config.norm}
+        moe = MoESpec(used=config.moe.used, normalise=config.moe.normalise, held=experts, **common)
     return LayerSpec(
         attention=AttentionSpec(
             head_dim=a.head_dim,
-            group=group or a.heads // a.kv_heads,
+            group=a.heads // a.kv_heads if heads is None else len(heads.query[0]) // len(heads.kv[0]),
             scale=a.scale,
             eps=config.norm_eps,
             norm=config.norm,
             soft_cap=a.soft_cap,
+            integer=a.integer,
         ),
         mlp=MLPSpec(activation=m.activation, gated=m.gated, eps=config.norm_eps, norm=config.norm),
+        moe=moe,
+        heads=heads if heads is not None and len(heads.kv) > 1 else None,
         windows=windows,
     )
 
 
-class Block(nnx.Module):
-    """One pre-norm decoder layer, with or without norms of its two results."""
+# What a layer has after its attention, by ModelConfig.kind.
+MLP_BLOCKS: dict[str, type[MLP | MoE]] = {"dense": MLP, "moe": MoE}
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32):
+
+class Block(nnx.Module):
+    """One pre-norm decoder layer, with or without norms of its two results. kind: of ModelConfig.kind."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, dtype=jnp.float32, kind: str = "dense"):
         self.attention = Attention(config, rngs, dtype)
-        self.mlp = MLP(config, rngs, dtype)
+        self.mlp = MLP_BLOCKS[kind](config, rngs, dtype)
         if config.post_norms:
             self.attention_post_norm = norm_scale(config, config.embed, "embed")
             self.mlp_post_norm = norm_scale(config, config.embed, "embed")
@@ -121,7 +143,7 @@ class Decoder(nnx.Module):
         rngs = rngs or nnx.Rngs(0)
         self.config = config
         self.embedding = matrix(rngs, (config.vocab, config.embed), ("vocab", "embed"), dtype)
-        self.blocks = nnx.List([Block(config, rngs, dtype) for _ in range(config.layers)])
+        self.blocks = nnx.List([Block(config, rngs, dtype, config.kind(i)) for i in range(config.layers)])
         self.norm = norm_scale(config, config.embed, "embed")
         if config.norm == "layer":
             self.norm_bias = vector(0.0, config.embed, "embed", jnp.float32)
@@ -152,7 +174,8 @@ class Decoder(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ParameterInfo:
-    """What a parameter is before it has a value: its shape [out, in] or [size], and its logical axes, None for one never split."""
+    """What a parameter is before it has a value: its shape [out, in] or [size], or [experts, out, in], and its logical axes, None for one
+    never split."""
 
     shape: tuple[int, ...]
     axes: tuple[str | None, ...]
@@ -160,16 +183,19 @@ class ParameterInfo:
 
 @functools.lru_cache(maxsize=8)
 def parameters(config: ModelConfig) -> dict[str, ParameterInfo]:
-    """Module path -> ParameterInfo of every parameter of a Decoder. All layers are alike, so one is built, abstractly."""
-    one = nnx.eval_shape(lambda: Decoder(dataclasses.replace(config, layers=1, windows=())))
+    """Module path -> ParameterInfo of every parameter of a Decoder. Layers of one kind are alike, so one of each is built, abstractly."""
+    kinds = [config.kind(i) for i in range(config.layers)]
     out: dict[str, ParameterInfo] = {}
-    for path, p in nnx.to_flat_state(nnx.state(one, nnx.Param)):
-        info = ParameterInfo(shape=p.get_value().shape, axes=p.get_metadata("axes"))
-        names = [str(part) for part in path]
-        if names[0] == "blocks":
-            out |= {f"blocks.{i}." + ".".join(names[2:]): info for i in range(config.layers)}
-        else:
-            out[".".join(names)] = info
+    for kind in dict.fromkeys(kinds):
+        moe = config.moe and dataclasses.replace(config.moe, layers=(0,))
+        single = dataclasses.replace(config, layers=1, windows=(), moe=moe if kind == "moe" else None)
+        for path, p in nnx.to_flat_state(nnx.state(nnx.eval_shape(lambda single=single: Decoder(single)), nnx.Param)):
+            info = ParameterInfo(shape=p.get_value().shape, axes=p.get_metadata("axes"))
+            names = [str(part) for part in path]
+            if names[0] == "blocks":
+                out |= {f"blocks.{i}." + ".".join(names[2:]): info for i, own in enumerate(kinds) if own == kind}
+            else:
+                out[".".join(names)] = info
     return out
 
 
@@ -230,7 +256,9 @@ def attention_half(
         a, post, entered = weights.attention, weights.attention_post_norm, ctx.enter(x)
         # what every shard holds and uses for its own heads: its gradient is summed over them
         shared = {name: ctx.enter(getattr(a, name)) for name in ("norm", "norm_bias", "q_norm", "k_norm")}
-        own = dataclasses.replace(a, out_bias=ctx.on_first_rank(ctx.enter(a.out_bias)), **shared)
+        own = dataclasses.replace(
+            a, out_bias=ctx.on_first_rank(ctx.enter(a.out_bias)), **shared, **_of_shared_heads(a, spec, ctx)
+        )
         y, cache = attention_block(
             entered,
             own,
@@ -246,14 +274,41 @@ def attention_half(
         return _after(x, ctx.leave(y), post, spec.attention), cache
 
 
+def _of_shared_heads(a: AttentionWeights, spec: LayerSpec, ctx: ParallelContext) -> dict[str, Any]:
+    """Gradient rules of what belongs to heads that no shard has to itself: kv heads that several hold have the sum of their gradients, and
+    output columns of padded query heads, which see real values, none."""
+    if spec.heads is None:
+        return {}
+    out: dict[str, Any] = {}
+    H, queries = spec.attention.head_dim, len(spec.heads.query[0]) * spec.attention.head_dim
+    if (replicas := spec.heads.replicas) > 1:
+        for name in ("qkv", "qkv_bias"):
+            parts, start = [], 0
+            for part in getattr(a, name):
+                rows = part.shape[0]
+                first = min(max(queries - start, 0), rows)
+                plain = isinstance(part, QTensor) or first == rows
+                parts.append(part if plain else ctx.same_rows(part, replicas, first))
+                start += rows
+            out[name] = tuple(parts)
+    if not isinstance(a.out, QTensor) and not all(map(all, spec.heads.real)):
+        out["out"] = ctx.frozen_columns(a.out, np.repeat(spec.heads.real, H, axis=1))
+    return out
+
+
 def mlp_half(weights: LayerWeights, x, *, spec: LayerSpec, ctx: ParallelContext):
-    """The MLP of a layer with its residual: x -> x, see `layer`."""
+    """The MLP of a layer, or its experts, with its residual: x -> x, see `layer`."""
     with jax.named_scope("mlp_block"):
         m, post, entered = weights.mlp, weights.mlp_post_norm, ctx.enter(x)
-        shared = {name: ctx.enter(getattr(m, name)) for name in ("norm", "norm_bias")}
-        mine = dataclasses.replace(m, down_bias=ctx.on_first_rank(ctx.enter(m.down_bias)), **shared)
         residual = ctx.on_first_rank(entered) if post is None else None
-        y = mlp_block(entered, mine, spec=spec.mlp, residual=residual, max_over_shards=ctx.max_over_tensor)
+        if isinstance(m, MoEWeights):
+            assert spec.moe is not None
+            mine = dataclasses.replace(m, norm=ctx.enter(m.norm), router=ctx.enter(m.router))
+            y = moe_block(entered, mine, spec=spec.moe, ctx=ctx, residual=residual)
+        else:
+            shared = {name: ctx.enter(getattr(m, name)) for name in ("norm", "norm_bias")}
+            own = dataclasses.replace(m, down_bias=ctx.on_first_rank(ctx.enter(m.down_bias)), **shared)
+            y = mlp_block(entered, own, spec=spec.mlp, residual=residual, max_over_shards=ctx.max_over_tensor)
         return _after(x, ctx.leave(y), post, spec.mlp)
 
 

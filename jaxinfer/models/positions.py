@@ -20,6 +20,8 @@ class RopeConfig:
     kind: default; linear (Chen et al. 2023, arXiv:2306.15595); dynamic (NTK-aware, base grows with the length); yarn (Peng et al.
     2023, arXiv:2309.00071); longrope (Ding et al. 2024, arXiv:2402.13753); llama3 (Llama 3.1); factors (one divisor a frequency).
     original_positions: the context before scaling. attention_factor: multiplies cosines and sines, and is settled by the family.
+    read_again: whether an engine reads a row that grows past the original context again, so that all its keys turn as in a row of that
+    length; else those in the cache stay as they are.
     """
 
     dim: int
@@ -35,6 +37,7 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     short_factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
+    read_again: bool = False
 
     def __post_init__(self):
         if self.kind not in KINDS:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 DROP = object()  # as a value in `config`: the key is not in config.json at all
 
@@ -21,6 +22,7 @@ class Case:
       own_head: the file holds an lm_head.weight that differs from the embedding although the config ties them.
       strip: a prefix of tensor names that the file leaves out.
       buffers: shapes of tensors that the file holds besides, and that mean nothing.
+      stored: the tensors of a file, by name with their shapes, out of those of the module; by default the same.
     """
 
     name: str
@@ -32,6 +34,7 @@ class Case:
     own_head: bool = False
     strip: str = ""
     buffers: dict[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    stored: Callable[[dict[str, list[int]]], dict[str, list[int]]] | None = None
 
     def json_config(self, changes: dict | None = None) -> dict:
         """The content of config.json, optionally with more `changes`."""

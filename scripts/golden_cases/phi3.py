@@ -27,7 +27,7 @@ BASE_4 = {key: value for key, value in V4.items() if key not in _NOT_ITS_OWN} | 
 _SHORT = [1.0, 1.05, 1.1, 1.2, 1.3, 1.35, 1.5, 1.75]
 _LONG = [1.1, 1.4, 1.9, 2.6, 3.3, 4.1, 5.0, 6.5]
 _FACTORS = {"short_factor": _SHORT, "long_factor": _LONG}
-# 32 positions were trained. No text crosses them while it is continued: there transformers computes the whole text again.
+# 32 positions were trained. Most texts do not cross them while they are continued: there transformers computes the whole text again.
 APART = (1, 8, 41)
 
 
@@ -49,6 +49,12 @@ CASES = (
         config=rope("longrope", **_FACTORS) | {"original_max_position_embeddings": 32},
         misread=rope("longrope", short_factor=_SHORT, long_factor=_SHORT),
         lengths=APART,
+    ),
+    _phi3(
+        name="phi3_longrope_crossing",
+        config=rope("longrope", **_FACTORS) | {"original_max_position_embeddings": 32, "sliding_window": 20},
+        misread={"original_max_position_embeddings": 64},
+        lengths=(12, 31, 32, 33),
     ),
     _phi3(
         name="phi3_su",

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from hlo import collectives
+from jax import lax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,6 +20,9 @@ from sharding.collectives import (
     BLOCK,
     all_gather_bytes,
     all_reduce_bytes,
+    collect,
+    dispatch,
+    dispatch_bytes,
     expected_decode,
     leave,
     leave_hosts,
@@ -27,7 +31,8 @@ from sharding.collectives import (
 )
 from sharding.context import ParallelContext
 from sharding.mesh import hosts_spanned, make_mesh
-from sharding.rules import TENSOR_AXES
+from sharding.partition import split_experts
+from sharding.rules import MESH_AXES, TENSOR_AXES
 
 
 def summed(mesh, int8: bool = False):
@@ -88,7 +93,7 @@ def test_what_is_compiled(hosts, int8):
     if hosts is None:
         mesh, local = make_mesh(tensor_hosts=2, tensor=4), 4
     else:
-        mesh, local = topology_mesh("h100", (1, 1, 2, 8), ("data", "stage", *TENSOR_AXES), hosts=2), 8
+        mesh, local = topology_mesh("h100", (1, 1, 1, 2, 8), MESH_AXES, hosts=2), 8
     shape = jax.ShapeDtypeStruct((2 * local, 16, 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P(TENSOR_AXES)))
     with without_compilation_cache():
         text = summed(mesh, int8).lower(shape).compile().as_text()
@@ -107,6 +112,63 @@ def test_what_is_compiled(hosts, int8):
     assert groups == {"reduce-scatter": ["tensor"], **expected}
 
 
+@pytest.mark.parametrize("shards", [2, 4])
+@pytest.mark.parametrize("uneven", [False, True], ids=["spread", "all to the last shard"])
+def test_rows_reach_their_experts_and_come_back(shards, uneven):
+    """Three experts a shard: rows of each arrive where it is, none is lost, and what is made of them returns to where each one was."""
+    E, N, D = 3, 10, 2
+    rng = np.random.default_rng(5)
+    chosen = np.sort(rng.integers((shards - 1) * E if uneven else 0, shards * E, (shards, N)), 1)
+    sizes = np.stack([np.bincount(row, minlength=shards * E).reshape(shards, E) for row in chosen]).astype(np.int32)
+    x = rng.standard_normal((shards, N, D)).astype(np.float32)
+
+    def run(x, sizes):
+        arrived = dispatch(x[0], sizes[0], "expert", capacity=N, ragged=False)
+        back = lambda rows: collect(rows, arrived, "expert", rows=N, ragged=False)
+        factor = (1.0 + lax.axis_index("expert") * E + arrived.experts)[:, None]
+        gradient = jax.grad(lambda x: jnp.sum(_through(x, sizes[0], N, factor) ** 2))(x[0])
+        return arrived.rows[None], arrived.experts[None], back(arrived.rows * factor)[None], gradient[None]
+
+    mesh = make_mesh(expert=shards)
+    rows, experts, back, gradient = jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False)
+    )(x, sizes)
+    for shard in range(shards):
+        real = np.asarray(experts[shard]) < E
+        mine = chosen // E == shard
+        np.testing.assert_array_equal(np.asarray(rows[shard])[real], x[mine])
+        np.testing.assert_array_equal(np.asarray(experts[shard])[real], chosen[mine] % E)
+        assert not np.asarray(rows[shard])[~real].any()
+    np.testing.assert_allclose(back, x * (1 + chosen)[..., None], rtol=1e-6)
+    np.testing.assert_allclose(gradient, 2 * x * (1 + chosen)[..., None] ** 2, rtol=1e-5)
+
+
+def _through(x, sizes, rows, factor):
+    arrived = dispatch(x, sizes, "expert", capacity=rows, ragged=False)
+    return collect(arrived.rows * factor, arrived, "expert", rows=rows, ragged=False)
+
+
+def test_ragged_rows_are_compiled_for_gpus():
+    """Only the rows that there are: what is sent beside them is a few counts."""
+    mesh = topology_mesh("h100", (1, 1, 4, 1, 1), MESH_AXES)
+    struct = lambda *shape, dtype: jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, P("expert")))
+
+    def run(x, sizes):
+        arrived = dispatch(x, sizes, "expert", capacity=16, ragged=True)
+        return collect(arrived.rows * 2, arrived, "expert", rows=16, ragged=True)
+
+    program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P("expert"), out_specs=P("expert"), check_vma=False))
+    with without_compilation_cache():
+        text = program.lower(struct(64, 8, dtype=jnp.bfloat16), struct(16, 2, dtype=jnp.int32)).compile().as_text()
+    assert collectives(text) == {"all-to-all": 1, "ragged-all-to-all": 2}
+
+
+def test_experts_over_shards():
+    assert split_experts(8, 4) == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert split_experts(5, 4) == ((0, 1), (2, -1), (3, -1), (4, -1))
+    assert split_experts(2, 4) == ((0,), (1,), (-1,), (-1,))
+
+
 def test_bytes():
     """2 x 8 devices with 64 Ki numbers in bfloat16: what the compiled programs send, counted by hand."""
     nbytes = 2 * 65536
@@ -116,6 +178,9 @@ def test_bytes():
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2).inside == 2 * 7 / 8 * nbytes
     assert all_reduce_bytes(nbytes, hosts=1, local=8).across == 0 and all_reduce_bytes(nbytes, hosts=8, local=1).inside == 0
     assert all_gather_bytes(800, shards=8) == 700 and permute_bytes(5) == 5
+    # 16 tokens of 100 bytes, 3 experts of each, over 4 shards of 2: at most 2 of a token's are on one shard
+    assert dispatch_bytes(16, used=3, row=100, shards=4, experts=2) == 3 * 16 * 2 * 100 + 3 * 12
+    assert dispatch_bytes(16, used=3, row=100, shards=4, experts=2, ragged=True) == 3 / 4 * 48 * 100 + 3 * 12
 
 
 def test_expected():
@@ -124,6 +189,9 @@ def test_expected():
     assert expected_decode(slots=3, stages=1, tensor=1, tensor_hosts=2).by_name() == {"all-reduce": 11, "all-gather": 1}
     quantised = expected_decode(slots=1, stages=1, tensor=2, tensor_hosts=2, int8=True)
     assert quantised.by_name() == {"all-reduce": 5, "all-gather": 5, "reduce-scatter": 2, "all-to-all": 2}
+    experts = {"slots": 3, "stages": 1, "tensor": 1, "expert": 4, "moe_slots": 2}
+    assert expected_decode(**experts).by_name() == {"all-reduce": 1, "all-to-all": 6}
+    assert expected_decode(**experts, ragged=True).by_name() == {"all-reduce": 1, "all-to-all": 2, "ragged-all-to-all": 4}
 
 
 def test_a_mesh_from_the_hosts():
@@ -132,4 +200,4 @@ def test_a_mesh_from_the_hosts():
     assert hosts_spanned([0, 0, 1, 1, 2, 2, 3, 3], 4) == 2
     assert hosts_spanned([0, 0, 1, 1, 1, 1, 1, 1], 4) == 1  # two and two, then four of one
     assert hosts_spanned([0, 1, 0, 1], 4) == 1  # not one host after the other
-    assert make_mesh(tensor=8).shape == {"data": 1, "stage": 1, "tensor_hosts": 1, "tensor": 8}
+    assert make_mesh(tensor=8).shape == {"data": 1, "stage": 1, "expert": 1, "tensor_hosts": 1, "tensor": 8}

@@ -9,7 +9,7 @@ from flax import nnx
 from hlo import collectives, copies
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
+from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.placement import Placed, place
 from jaxinfer.programs import STATE, Programs
 from pallas_kernels.deviceless import topology_mesh
@@ -40,6 +40,7 @@ CAPPED = dataclasses.replace(
     embed_scale=8.0,
     soft_cap=3.0,
 )
+MIXED = dataclasses.replace(CONFIG, moe=MoEConfig(experts=5, used=2, width=96, normalise=True, layers=(1, 2)))
 LEARNED = dataclasses.replace(
     CONFIG,
     attention=dataclasses.replace(CONFIG.attention, rope=None, bias=True, output_bias=True),
@@ -53,14 +54,14 @@ def decoder(quantized: bool, config: ModelConfig = CONFIG) -> Decoder:
     model = Decoder(config)
     if quantized:
         for _, p in nnx.iter_graph(model):
-            if isinstance(p, nnx.Param) and p.get_value().ndim == 2:
+            if isinstance(p, nnx.Param) and p.get_value().ndim > 1 and p.get_metadata("axes")[0]:
                 p.set_value(round_to_nearest(p.get_value(), format="int8"))
     return model
 
 
-def lowered(placed: Placed, batch: int, processors=()):
+def lowered(placed: Placed, batch: int, processors=(), cache_dtype=jnp.float32):
     """The decode program lowered for the shapes that the placed model has, on its mesh or another one of the same shape."""
-    programs = Programs(placed, cache_dtype=jnp.float32)
+    programs = Programs(placed, cache_dtype=cache_dtype)
     state = jax.eval_shape(programs.state(batch, TOKENS))
     on_mesh = lambda spec, tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(placed.mesh, spec)), tree
@@ -78,8 +79,16 @@ def large_shapes(*trees) -> set[tuple[int, ...]]:
 
 
 def check(placed: Placed, text: str, state) -> None:
-    assert collectives(text) == expected(placed.plan.config, placed.mesh).by_name()
+    ragged = placed.mesh.devices.flat[0].platform == "gpu"
+    assert collectives(text) == expected(placed.plan.config, placed.mesh, ragged=ragged, kinds=placed.plan.kinds).by_name()
     assert copies(text, large_shapes(placed.weights, state.caches, state.history, state.sampling.edits)) == []
+
+
+def test_an_int4_cache_on_cpu_devices():
+    """Levels are made anew for a group at a time, in place."""
+    placed = place(decoder(False), make_mesh(tensor=2))
+    program, state = lowered(placed, 3, cache_dtype=jnp.int4)
+    check(placed, program.compile().as_text(), state)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +111,21 @@ def test_with_tensor_shards_on_two_hosts(stage, hosts, tensor):
 @pytest.mark.parametrize(("data", "stage", "tensor"), [(2, 2, 2)])
 def test_with_data_shards(data, stage, tensor):
     placed = place(decoder(False), make_mesh(data=data, stage=stage, tensor=tensor))
+    program, state = lowered(placed, batch=2)
+    check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.parametrize(
+    ("stage", "expert", "tensor", "quantized"),
+    [
+        (1, 2, 2, False),
+        pytest.param(2, 2, 2, False, marks=pytest.mark.slow),
+        pytest.param(1, 4, 1, True, marks=pytest.mark.slow),
+    ],
+)
+def test_with_experts_on_several_devices(stage, expert, tensor, quantized):
+    """Three all-to-alls in a layer that has experts, none in one that has not."""
+    placed = place(decoder(quantized, MIXED), make_mesh(stage=stage, expert=expert, tensor=tensor))
     program, state = lowered(placed, batch=2)
     check(placed, program.compile().as_text(), state)
 
@@ -129,12 +153,18 @@ def test_what_other_families_have_costs_no_collective_and_no_copy(config, stage,
 
 
 @pytest.mark.parametrize(
-    ("stage", "hosts", "tensor"),
-    [(1, 1, 1), (1, 1, 8), (2, 1, 4), pytest.param(1, 2, 4, marks=pytest.mark.slow)],
+    ("config", "stage", "expert", "hosts", "tensor"),
+    [
+        pytest.param(CONFIG, 1, 1, 1, 1, id="one"),
+        pytest.param(CONFIG, 1, 1, 1, 8, id="8 shards"),
+        pytest.param(CONFIG, 2, 1, 1, 4, id="2 stages of 4"),
+        pytest.param(MIXED, 1, 4, 1, 2, id="4 expert shards of 2", marks=pytest.mark.slow),
+        pytest.param(CONFIG, 1, 1, 2, 4, id="2 hosts of 4", marks=pytest.mark.slow),
+    ],
 )
-def test_for_h100s_without_one(stage, hosts, tensor):
-    here = place(decoder(False), make_mesh(stage=stage, tensor_hosts=hosts, tensor=tensor))
-    mesh = topology_mesh("h100", (1, stage, hosts, tensor), MESH_AXES, hosts=hosts)
+def test_for_h100s_without_one(config, stage, expert, hosts, tensor):
+    here = place(decoder(False, config), make_mesh(stage=stage, expert=expert, tensor_hosts=hosts, tensor=tensor))
+    mesh = topology_mesh("h100", (1, stage, expert, hosts, tensor), MESH_AXES, hosts=hosts)
     there = jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)), here.weights
     )

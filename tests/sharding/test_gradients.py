@@ -1,5 +1,7 @@
 """Gradients of a placed model equal those of the plain module on one device."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,13 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from jaxinfer import generation
-from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
+from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.placement import local_layers, place
 from sharding.mesh import make_mesh
+from sharding.rules import DATA, EXPERT, ROW_AXES
 
 B, T = 4, 7
+SLOW = pytest.mark.slow
 
 
 def config(heads: int, kv_heads: int, tied: bool) -> ModelConfig:
@@ -48,12 +52,16 @@ def batch():
     scope="module",
     params=[
         pytest.param((8, 4, True), id="8/4 heads, tied"),
-        pytest.param((9, 3, False), id="9/3 heads, own head", marks=pytest.mark.slow),
+        pytest.param((9, 3, False), id="9/3 heads, own head", marks=SLOW),
     ],
 )
 def model(request):
-    """A module with nothing at zero or one, so that every parameter has a gradient of its own."""
-    module = Decoder(config(*request.param), nnx.Rngs(1))
+    return random_module(config(*request.param))
+
+
+def random_module(config: ModelConfig) -> Decoder:
+    """With nothing at zero or one, so that every parameter has a gradient of its own."""
+    module = Decoder(config, nnx.Rngs(1))
     rng = np.random.default_rng(4)
     for _, p in nnx.iter_graph(module):
         if isinstance(p, nnx.Param) and p.get_value().ndim == 1:
@@ -63,7 +71,11 @@ def model(request):
 
 @pytest.fixture(scope="module")
 def reference(model, batch):
-    """Gradients of the plain module by plain jax.grad, as a module of their own."""
+    return gradients_of(model, batch)
+
+
+def gradients_of(model, batch) -> Decoder:
+    """Of the plain module by plain jax.grad, as a module of their own."""
     graph, state = nnx.split(model)
     tokens, lengths = batch
     grads = jax.jit(jax.grad(lambda s: loss_sum(nnx.merge(graph, s)(tokens, lengths=lengths), tokens, lengths)))(state)
@@ -74,16 +86,41 @@ def reference(model, batch):
     ("data", "stage", "tensor"), [(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (1, 2, 1), (1, 3, 2)]
 )
 def test_placed_gradients_equal_the_modules(model, reference, batch, data, stage, tensor):
-    mesh = make_mesh(data=data, stage=stage, tensor=tensor)
+    check(model, reference, batch, make_mesh(data=data, stage=stage, tensor=tensor))
+
+
+@pytest.mark.parametrize("hosts", [1, pytest.param(2, marks=SLOW)])
+def test_heads_that_several_shards_hold(batch, hosts):
+    """Two kv heads on four shards: copies have the gradients of all query heads that read them. A group of three is padded to four, and
+    padding has none."""
+    module = random_module(config(6, 2, True))
+    check(module, gradients_of(module, batch), batch, make_mesh(tensor_hosts=hosts, tensor=4 // hosts))
+
+
+@pytest.mark.parametrize(
+    ("data", "expert", "tensor"), [(1, 2, 2), pytest.param(2, 2, 1, marks=SLOW), pytest.param(1, 4, 1, marks=SLOW)]
+)
+def test_experts(batch, data, expert, tensor):
+    """Three of them, so that no mesh divides them; tokens travel to them, and gradients the same way back."""
+    moe = MoEConfig(experts=3, used=2, width=20, normalise=True, layers=(1, 2))
+    mlp = MLPConfig(width=36, activation="silu")
+    module = random_module(dataclasses.replace(config(8, 4, True), mlp=mlp, moe=moe))
+    check(module, gradients_of(module, batch), batch, make_mesh(data=data, expert=expert, tensor=tensor))
+
+
+def check(model, reference, batch, mesh):
+    """Gradients of the placed model against the placed gradients of the module, shard by shard."""
     placed, wanted = place(model, mesh), place(reference, mesh)
 
     def gradients(weights, tokens, lengths):
         def loss(weights):
             return loss_sum(generation.forward(local_layers(weights), tokens, lengths, plan=placed.plan), tokens, lengths)
 
-        return jax.tree.map(lambda g: lax.psum(g, "data"), jax.grad(loss)(weights))
+        # split experts have seen the rows of all expert shards, all else those of its own
+        over = lambda spec: (DATA,) if EXPERT in spec else ROW_AXES
+        return jax.tree.map(lambda g, spec: lax.psum(g, over(spec)), jax.grad(loss)(weights), placed.specs)
 
-    specs = (placed.specs, P("data"), P("data"))
+    specs = (placed.specs, P(ROW_AXES), P(ROW_AXES))
     run = jax.jit(jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=placed.specs, check_vma=False))
     found = run(placed.weights, *batch)
 

@@ -15,7 +15,8 @@ def test_spec_of_logical_axes():
     assert spec(("heads", "embed")) == PartitionSpec(tensor, None)
     assert spec(("stage", "embed", "mlp")) == PartitionSpec("stage", None, tensor)
     assert spec(("vocab", "embed")) == PartitionSpec(("stage", *tensor), None)
-    assert spec((None, "batch")) == PartitionSpec(None, "data")
+    assert spec((None, "batch")) == PartitionSpec(None, ("data", "expert"))
+    assert spec(("experts", "expert_mlp", "embed")) == PartitionSpec(("expert",), tensor, None)
 
 
 def test_collisions_and_unknown_axes_are_refused():
@@ -27,8 +28,10 @@ def test_collisions_and_unknown_axes_are_refused():
 
 def test_context_names_the_axes_that_are_larger_than_one():
     context = ParallelContext.from_mesh(make_mesh(stage=2, tensor=4))
-    assert (context.tensor, context.stage, context.stages, context.data) == (("tensor",), "stage", 2, None)
+    assert (context.tensor, context.stage, context.stages, context.rows) == (("tensor",), "stage", 2, ())
     assert context.vocab == ("stage", "tensor")
+    context = ParallelContext.from_mesh(make_mesh(data=2, expert=2))
+    assert (context.rows, context.expert, context.tensor) == (("data", "expert"), "expert", ())
     alone = ParallelContext.from_mesh(make_mesh())
     assert alone == ParallelContext()
 

@@ -8,7 +8,7 @@ from convert.readers.base import LazyTensor
 from convert.rules import Rule
 from jaxinfer.errors import UnknownArchitectureError
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.families import gemma2, gpt2, llama, mistral, phi3, qwen2, qwen3
+from jaxinfer.models.families import gemma2, gpt2, llama, mistral, mixtral, phi3, qwen2, qwen3, qwen3_moe
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +31,8 @@ FAMILIES: dict[str, Family] = {
         "GPT2LMHeadModel": gpt2,
         "Phi3ForCausalLM": phi3,
         "Gemma2ForCausalLM": gemma2,
+        "MixtralForCausalLM": mixtral,
+        "Qwen3MoeForCausalLM": qwen3_moe,
     }.items()
 }
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from convert.load import as_float
 from convert.readers.base import LazyTensor
+from convert.rules import Rule
 from jaxinfer.errors import UnknownConfigKeyError
 from jaxinfer.models.positions import KINDS, RopeConfig
 from sharding.partition import Units
@@ -176,6 +177,17 @@ def layer_windows(
             "layer_types has sliding_attention, but no sliding_window is in use; give one, or correct them"
         )
     return tuple(window if s else None for s in sliding) if window is not None and any(sliding) else ()
+
+
+def expert_rules(block: str, names: Mapping[str, str]) -> list[Rule]:
+    """Of the router and the experts of layers whose tensors are named block + "gate" and block + "experts.": names[part] of each expert,
+    or of all in one tensor. part: gate, up or down."""
+    rules = [Rule(f"{block}gate.weight", "blocks.{i}.mlp.router")]
+    for part, name in names.items():
+        target = f"blocks.{{i}}.mlp.{part}"
+        rules.append(Rule(f"{block}experts.{{e}}.{name}.weight", target, stack="e"))
+        rules.append(Rule(f"{block}experts.{name}.weight", target))
+    return rules
 
 
 def is_tied(

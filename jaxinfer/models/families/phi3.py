@@ -1,7 +1,7 @@
 """Phi-3 and Phi-4, dense (Phi3ForCausalLM). Llama with fused matrices, rotary positions on a part of each head, longrope, a window.
 
-A row that grows past the original context while it is continued keeps the keys in its cache as they were rotated, as other longrope
-models do in transformers; there this family alone computes the whole row again at that point.
+A row that grows past the original context while it is continued is read again at that point, as transformers does for this family alone.
+So does an engine; `jaxinfer.generate` and those who call prefill and decode by hand keep the keys as they were rotated.
 """
 
 import dataclasses
@@ -34,9 +34,11 @@ def config(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> ModelCon
     if scaling.get("rope_type", scaling.get("type")) in ("su", "yarn"):  # names that longrope had in these files
         scaling |= {"rope_type": "longrope"}
     whole = llama.build({**hf, "rope_parameters": None}, tensors, family="phi3")
+    turned = rope(hf, int(whole.attention.head_dim * partial))
+    turned = dataclasses.replace(turned, read_again=turned.kind == "longrope")
     return dataclasses.replace(
         whole,
-        attention=dataclasses.replace(whole.attention, rope=rope(hf, int(whole.attention.head_dim * partial))),
+        attention=dataclasses.replace(whole.attention, rope=turned),
         windows=layer_windows(hf, whole.layers, hf["sliding_window"], lambda layer: True),
     )
 
