@@ -16,9 +16,10 @@ from pallas_kernels.qtensor import ActivationQuant
 AUTO = "auto"
 MATMUL_PRECISIONS = ("highest", "high", "default")
 KERNELS = ("auto", "native", "xla")
-SHORT_FORM = r"(int8|int4|w([48])a(8|16)|(fp8|nf4|mxfp4))((?:-g\d+|-asym|-token|-a8|-a16)*)"  # of a quantisation
+SHORT_FORM = r"(int8|int4|w([48])a(8|16)|(fp8|nf4|mxfp4|stored))((?:-g\d+|-asym|-token|-a8|-a16|-attn8)*)"  # of a quantisation
 RULE_FORM = f"{SHORT_FORM}|{'|'.join(DTYPES)}"
-WEIGHT_FORMATS = {"int": (8, 4), "fp8": (8,), "nf4": (4,), "mxfp4": (4,)}  # and the bits that they exist in
+FLOATS = {16: "bfloat16", 32: "float32"}  # weights that are no levels, by their bits
+WEIGHT_FORMATS = {"int": (8, 4), "fp8": (8,), "nf4": (4,), "mxfp4": (4,), "stored": (8,)}  # and the bits that they exist in
 MAX_TOP_LOGPROBS = 20  # alternatives that a request may ask for, at most
 
 
@@ -60,23 +61,27 @@ def _check(owner: str, config: Any) -> None:
 class QuantizationConfig:
     """Round-to-nearest quantisation of every matrix while it is loaded.
 
-    enabled: False leaves weights as they are, whatever else is given. weight_bits: 8 or 4. activation_bits: 8 (dynamic) or 16 (left as
-    they are); by default 8 with weights of 8 bits, 16 with 4. group_size: inputs per weight scale, 0 for one scale per output channel;
-    by default 0 for 8 bits, 64 for 4, which take 32, 64 or 128 (mxfp4 has 32). symmetric: False stores a minimum per group (INT4).
-    activation_group_size: inputs per activation scale, 0 for one a token. head_bits: of embedding and head: 8, or 16 to leave them as
-    they are. weight_format: int, fp8 (e4m3, 8 bits), nf4 or mxfp4 (4 bits). skip: patterns of module paths, such as "blocks.0.*" or
-    "*.mlp.down", of matrices that stay as they are. rules: patterns, and for each the short form or the dtype of the matrices that it
-    matches, "embedding" and "head" among them; the first pattern that matches decides, and skip comes before. A pattern that matches
-    nothing is refused.
+    enabled: False leaves weights as they are, whatever else is given. weight_bits: 8 or 4; 16 and 32 are bfloat16 (float16 where dtype is
+    that) and float32, for all matrices without a rule. activation_bits: 8 (dynamic) or 16 (left as they are); by default 8 with weights of
+    8 bits, else 16. group_size: inputs per weight scale, 0 for one scale per output channel; by default 0 for 8 bits, 64 for 4, which take
+    32, 64 or 128 (mxfp4 has 32). symmetric: False stores a minimum per group (INT4).
+    activation_group_size: inputs per activation scale, 0 for one a token. head_bits: of embedding and head: 8, 4 (in the weights' groups,
+    or 64), or 16 to leave them as they are; by default 8 with weights of 8 and 4 bits. attention_bits: 8 rounds queries, keys, values and
+    the weights of their sum with dynamic ranges, so that attention multiplies integers; 16 leaves them as they are. weight_format: int,
+    fp8 (e4m3, 8 bits), nf4 or mxfp4 (4 bits), or stored: INT8 and INT4 weights as the checkpoint holds them, and activation_bits alone
+    decides about their inputs. skip: patterns of module paths, such as "blocks.0.*" or "*.mlp.down", of matrices that stay as they are.
+    rules: patterns, and for each the short form or the dtype of the matrices that it matches, "embedding" and "head" among them; the first
+    pattern that matches decides, and skip comes before. A pattern that matches nothing is refused.
     """
 
     enabled: bool = True
-    weight_bits: int = _option(8, enum=(8, 4), advice=", or set dtype for 16 and 32")
+    weight_bits: int = _option(8, enum=(8, 4, 16, 32))
     activation_bits: int | None = _option(None, enum=(None, 8, 16))
     group_size: int | None = _option(None, minimum=0, multipleOf=2, also=(None,))
     symmetric: bool = True
     activation_group_size: int = _option(64, minimum=0)
-    head_bits: int = _option(8, enum=(8, 16))
+    head_bits: int | None = _option(None, enum=(None, 8, 4, 16))
+    attention_bits: int = _option(16, enum=(16, 8))
     weight_format: str = _option("int", enum=tuple(WEIGHT_FORMATS))
     skip: tuple[str, ...] = _option((), json={"type": "array", "items": {"type": "string", "minLength": 1}})
     rules: Mapping[str, str] | None = _option(
@@ -86,7 +91,19 @@ class QuantizationConfig:
     def __post_init__(self):
         _check("quantization.", self)
         bits, form = self.weight_bits, self.weight_format
-        if bits not in WEIGHT_FORMATS[form]:
+        if form == "stored":
+            for name, usual in (("weight_bits", 8), ("group_size", None), ("symmetric", True), ("head_bits", None)):
+                if (value := getattr(self, name)) != usual:
+                    raise ConfigError(f"quantization.{name} is {value!r}: weights stay as they are stored; leave it out")
+            if self.activation_bits is None:
+                raise ConfigError(
+                    "quantization.weight_format is 'stored': say in activation_bits, 8 or 16, how inputs are read"
+                )
+        if bits in FLOATS:
+            for name, default in (("weight_format", "int"), ("group_size", None), ("symmetric", True), ("activation_bits", 16)):
+                if (value := getattr(self, name)) not in (default, None):
+                    raise ConfigError(f"quantization.{name} is {value!r}: weights of {bits} bits are floats; leave it out")
+        elif bits not in WEIGHT_FORMATS[form]:
             raise ConfigError(
                 f"quantization.weight_format is {form!r}, which has {WEIGHT_FORMATS[form][0]} bits; weight_bits is {bits}"
             )
@@ -118,8 +135,10 @@ class QuantizationConfig:
         for pattern, form in self.rules.items():
             if not isinstance(pattern, str) or not pattern or not isinstance(form, str):
                 raise ConfigError(f"quantization.rules has {pattern!r}: {form!r}; give a pattern and a short form or a dtype")
-            if form not in DTYPES:
-                type(self).parse(form)
+            if form not in DTYPES and type(self).parse(form).attention_bits != 16:
+                raise ConfigError(
+                    f"quantization.rules has {pattern!r}: {form!r}; attention_bits is for all layers, not of a rule"
+                )
         return dict(self.rules) or None
 
     @property
@@ -143,8 +162,8 @@ class QuantizationConfig:
 
     @classmethod
     def parse(cls, spec: str) -> "QuantizationConfig":
-        """From a short form: int8, int4, fp8, nf4, mxfp4, w8a8, w8a16, w4a16 or w4a8; then -g64 (group of weights), -asym, -token
-        (activation scales), -a8 or -a16 (bits of inputs, where the form does not say them)."""
+        """From a short form: int8, int4, fp8, nf4, mxfp4, stored, w8a8, w8a16, w4a16 or w4a8; then -g64 (group of weights), -asym, -token
+        (activation scales), -a8 or -a16 (bits of inputs, where the form does not say them), -attn8 (integer attention)."""
         m = re.fullmatch(SHORT_FORM, spec)
         options = m[5].split("-")[1:] if m else []
         groups = [int(o[1:]) for o in options if o[0] == "g"]
@@ -152,7 +171,7 @@ class QuantizationConfig:
         if not m or len(groups) > 1 or len(inputs) > 1:
             raise ConfigError(
                 f"quantisation {spec!r} is not understood; examples: int8, int4, w8a16, w4a16-g32, w4a16-g64-asym, w8a8-token, "
-                "fp8, fp8-a16, nf4, mxfp4"
+                "fp8, fp8-a16, nf4, mxfp4, stored-a8"
             )
         name = m[4] or "int"
         out = cls(
@@ -162,6 +181,7 @@ class QuantizationConfig:
             group_size=groups[-1] if groups else None,
             symmetric="asym" not in options,
             activation_group_size=0 if "token" in options else 64,
+            attention_bits=8 if "attn8" in options else 16,
         )
         if "token" in options and out.activation is None:
             raise ConfigError(f"quantisation {spec!r} keeps activations of 16 bits, so -token means nothing; leave it out")
@@ -173,12 +193,16 @@ class ParallelConfig:
     """Sizes of the mesh, which takes their product of devices.
 
     tensor_parallel_size: devices that share every layer. pipeline_parallel_size: stages that share the layers. data_parallel_size: copies
-    of the model, which share the sequences.
+    of the model, which share the sequences. expert_parallel_size: devices that share the experts of every layer that has some, and the
+    sequences: each reads and decodes its own, and sends tokens to the experts that they chose. int8_across_hosts: sums over tensor shards
+    cross hosts as INT8, which rounds them; needs tensor shards on several hosts.
     """
 
     tensor_parallel_size: int = _option(1, minimum=1)
     pipeline_parallel_size: int = _option(1, minimum=1)
     data_parallel_size: int = _option(1, minimum=1)
+    expert_parallel_size: int = _option(1, minimum=1)
+    int8_across_hosts: bool = False
 
     def __post_init__(self):
         _check("engine.", self)
@@ -188,7 +212,8 @@ class ParallelConfig:
 class CacheConfig:
     """The key/value cache.
 
-    dtype: float32, bfloat16, float16 or int8 (a scale per head and token); by default that of the weights.
+    dtype: float32, bfloat16 or float16; int8 or fp8 (a scale per head and token); int4 (keys with scales per channel of 32 tokens,
+    of which the newest stay bfloat16, values with scales per head and token). By default that of the weights.
     """
 
     dtype: str | None = _option(None, enum=CACHE_DTYPES)
@@ -247,6 +272,12 @@ class EngineConfig:
             if isinstance(getattr(self, name), Path):
                 put(name, str(getattr(self, name)))
         _check("", self)
+        if self.quantization is not None:
+            self._check_quantization(self.quantization)
+        if self.kernels == "native" and self.cache_dtype in ("fp8", "int4"):
+            raise ConfigError(
+                f"kernels is 'native', and native kernels have no {self.cache_dtype} cache; set kernels to auto, or kv_cache.dtype to int8"
+            )
         if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}; give a number above 0, at most 1")
         if not isinstance(self.executables, str | bool | None):
@@ -257,6 +288,15 @@ class EngineConfig:
             raise ConfigError(f"compilation_cache is {self.compilation_cache!r}; give a folder, None for the user's, or False")
         if not isinstance(self.checkpoint, str | None) or self.checkpoint == "":
             raise ConfigError(f"checkpoint is {self.checkpoint!r}; give a path, a hub id or 'demo'")
+
+    def _check_quantization(self, q: QuantizationConfig) -> None:
+        """Raise ConfigError for a dtype or a cache that the quantisation contradicts."""
+        if q.weight_bits in FLOATS and self.dtype not in (None, *(name for name in DTYPES if f"{q.weight_bits}" in name)):
+            raise ConfigError(f"quantization.weight_bits is {q.weight_bits} and dtype is {self.dtype!r}; leave one of them")
+        if q.attention_bits == 8 and self.cache_dtype in ("fp8", "int4"):
+            raise ConfigError(
+                f"quantization.attention_bits is 8 and kv_cache.dtype {self.cache_dtype!r}; integers are read from int8 and float caches"
+            )
 
     @property
     def cache_dtype(self) -> str:

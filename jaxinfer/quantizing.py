@@ -26,9 +26,9 @@ from jaxinfer.models.decoder import Decoder, parameters
 from jaxinfer.quantization.calibration import calibration_tokens
 from jaxinfer.quantization.grids import check_searchable
 from jaxinfer.quantization.methods import LayerReport, Method, Quantizer, key
-from jaxinfer.quantization.policy import Kept, kept, matched
+from jaxinfer.quantization.policy import Kept, attending, kept, matched
 from jaxinfer.quantization.sensitivity import FORMS as CHOICES
-from jaxinfer.quantization.sensitivity import Choice, allocate, sensitivities
+from jaxinfer.quantization.sensitivity import Choice, allocate, allocate_to_loss, sensitivities
 from jaxinfer.text import Tokenizer
 from jaxinfer.values import DTYPES
 
@@ -81,6 +81,7 @@ def quantize_checkpoint(
     method: Method | None = None,
     calibration: Calibration | None = None,
     budget: int | None = None,
+    loss: float | None = None,
     forms: Sequence[str] = CHOICES,
     form: str = NATIVE,
     overwrite: bool = False,
@@ -91,7 +92,8 @@ def quantize_checkpoint(
 
     src: as for `load_model`. dst: a folder, or a file for the form gguf; it appears when it is complete. quantization: formats, rules
     and skips. method: rtn by default. budget: bytes of all weights; matrices without a rule then get those of `forms` that cost least
-    within it, measured on the text, see `sensitivity`. form: native, or of another system (gptq, compressed-tensors, gguf), whose
+    within it, measured on the text, see `sensitivity`. loss: instead of it, by how much perplexity may grow, such as 0.01, as those costs
+    estimate it; of what has a rule nothing is counted. form: native, or of another system (gptq, compressed-tensors, gguf), whose
     embedding and head stay as they are. overwrite: a native checkpoint at dst is replaced. verify: keep a part of the calibration text
     back, read dst again and compare it with the float32 model there. progress(done, total, name): layers, then bytes written.
 
@@ -103,21 +105,34 @@ def quantize_checkpoint(
     if form not in FORMATS:
         raise UnsupportedFormatError(f"format {form!r} is not written; choose one of {', '.join(FORMATS)}")
     _check_destination(dst, form, overwrite)
+    if form != NATIVE and quantization.attention_bits == 8:
+        raise UnsupportedFormatError(
+            f"{form} cannot say that attention multiplies integers; leave attention_bits, or write native"
+        )
     if not quantization.enabled:
         raise QuantizationError("the quantisation is not enabled, so that there is nothing to do; use jaxinfer convert")
     for choice in forms:
         if choice not in DTYPES:
             QuantizationConfig.parse(choice)
     opened = open_source(src, progress)
+    if opened.config.moe is not None:
+        raise QuantizationError(
+            f"{opened.path} has experts, whose inputs are not measured; jaxinfer convert --quantize rounds them to the nearest level"
+        )
     how = _kept(opened, quantization, form)
-    if calibration is None and (verify or budget is not None or method.reads_text):
-        what = "verify" if verify else "a budget" if budget is not None else f"the method {method.name}"
+    if budget is not None and loss is not None:
+        raise QuantizationError("bits are chosen by a budget or by a loss; leave one of them")
+    if loss is not None and not 0 < loss < math.inf:
+        raise QuantizationError(f"the loss is {loss}; give by how much perplexity may grow, such as 0.01")
+    chosen = budget is not None or loss is not None
+    if calibration is None and (verify or chosen or method.reads_text):
+        what = "verify" if verify else "a choice of bits" if chosen else f"the method {method.name}"
         raise QuantizationError(f"{what} needs a calibration text; give one")
     tokens, held_out = (None, None) if calibration is None else _tokens(opened, calibration, verify)
     choices: dict[str, Choice] = {}
-    if budget is not None:
+    if chosen:
         assert tokens is not None
-        choices = _choose(opened, quantization, how, tokens, budget, forms, progress)
+        choices = _choose(opened, quantization, how, tokens, budget, loss, forms, progress)
         rules = {**(quantization.rules or {}), **{path: choice.form for path, choice in choices.items()}}
         how = _kept(opened, dataclasses.replace(quantization, rules=rules), form)
     _check_matrices(opened, how, method)
@@ -133,7 +148,7 @@ def quantize_checkpoint(
     layers = quantizer.run(progress)
     results = quantizer.results()
     if form == NATIVE:
-        config = opened.config.to_dict()
+        config = attending(opened.config, quantization).to_dict()
         save_native(dst, config=config, tensors=results, assets=opened.assets, progress=progress, overwrite=overwrite)
     else:
         by_name = {tensor.name: tensor for tensor in results.values()}
@@ -150,17 +165,22 @@ def _choose(
     quantization: QuantizationConfig,
     how: Mapping[str, Kept],
     tokens: np.ndarray,
-    budget: int,
+    budget: int | None,
+    loss: float | None,
     forms: Sequence[str],
     progress: Progress | None,
 ) -> dict[str, Choice]:
-    """A form for every matrix that no rule names, so that all weights take at most `budget` bytes."""
+    """A form for every matrix that no rule names, so that all weights take at most `budget` bytes, or cost at most `loss`."""
     info = parameters(opened.config)
     matrices = [path for path, p in info.items() if len(p.axes) > 1 and p.axes[0] is not None]
     free = [path for path in matrices if path not in matched(matrices, quantization)]
-    fixed = sum(how[path].of(tensor).nbytes for path, tensor in opened.tensors.items() if path not in free)
     found = sensitivities(opened.tensors, opened.config, tokens[:SENSITIVITY_SEQUENCES], forms=forms, progress=progress)
-    return allocate({path: found[path] for path in free}, budget - fixed)
+    costs = {path: found[path] for path in free}
+    if loss is not None:
+        return allocate_to_loss(costs, loss)
+    assert budget is not None
+    fixed = sum(how[path].of(tensor).nbytes for path, tensor in opened.tensors.items() if path not in free)
+    return allocate(costs, budget - fixed)
 
 
 def _check_destination(dst: Path, form: str, overwrite: bool) -> None:

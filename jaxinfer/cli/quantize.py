@@ -12,6 +12,7 @@ from jaxinfer.cli.info import stored_forms
 from jaxinfer.cli.output import format_bytes, print_fields, print_json, short_name, work
 
 METHODS = ("rtn", "gptq", "awq", "smoothquant", "awq+gptq", "smoothquant+gptq")
+WEIGHT_FORMATS = ("int", "fp8", "nf4", "mxfp4")
 FORMATS = ("native", "gptq", "compressed-tensors", "gguf")
 AUTO = "auto"
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
@@ -31,12 +32,14 @@ its hidden states, memory holds one layer. Interrupted, the same command goes on
   smoothquant   moves the range of inputs into the weights, for INT8 inputs; --bits 8 by default
   awq+gptq, smoothquant+gptq   one after the other
 
---bits auto chooses for every matrix from what its error costs on the text, so that all weights together take at most --budget.""",
+--bits auto chooses for every matrix from what its error costs on the text, so that all weights together take at most --budget, or
+so that perplexity grows by at most as much, in estimation: --verify measures it.""",
         epilog="""examples:
   jaxinfer quantize demo demo-int4 --bits 4 --group-size 64 --method awq+gptq --calibration text.txt --verify
   jaxinfer quantize path/to/hf-folder model-gptq --bits 4 --group-size 128 --method gptq --calibration text.txt --format gptq
   jaxinfer quantize model.gguf model-w8a8 --method smoothquant --calibration text.txt
   jaxinfer quantize demo demo-auto --bits auto --budget 85MB --method gptq --calibration text.txt
+  jaxinfer quantize demo demo-near --bits auto --budget +1% --method gptq --calibration text.txt --verify
   jaxinfer quantize demo demo-mixed --rule '*.mlp.down=w8a16' --skip 'blocks.0.*' --calibration text.txt""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -48,6 +51,12 @@ its hidden states, memory holds one layer. Interrupted, the same command goes on
     weights.add_argument(
         "--group-size", metavar="N", type=int, help="inputs per scale; 64 by default for 4 bits, 0 (one a channel) for 8"
     )
+    weights.add_argument(
+        "--weight-format",
+        choices=WEIGHT_FORMATS,
+        default="int",
+        help="int (by default) and fp8 (8 bits); nf4 and mxfp4 with rtn",
+    )
     weights.add_argument("--asymmetric", action="store_true", help="a minimum per group (4 bits)")
     weights.add_argument(
         "--activation-bits", metavar="N", type=int, help="of inputs: 8, or 16 (floats); by default 16, 8 for smoothquant"
@@ -57,8 +66,10 @@ its hidden states, memory holds one layer. Interrupted, the same command goes on
         "--rule", metavar="PATTERN=FORM", **rule, help="short form or dtype of matrices by module path; repeatable"
     )
     weights.add_argument("--skip", metavar="PATTERN", **rule, help="matrices that stay floats; repeatable")
-    weights.add_argument("--head-bits", metavar="N", type=int, default=8, help="of embedding and head: 8 (by default) or 16")
-    weights.add_argument("--budget", metavar="SIZE", help="bytes of all weights with --bits auto, such as 85MB")
+    weights.add_argument("--head-bits", metavar="N", type=int, default=8, help="of embedding and head: 8 (by default), 4 or 16")
+    weights.add_argument(
+        "--budget", metavar="SIZE", help="with --bits auto: bytes of all weights, such as 85MB, or +1%% of perplexity"
+    )
     weights.add_argument(
         "--forms", metavar="A,B,...", help="short forms and dtypes that --bits auto chooses from, instead of its own"
     )
@@ -90,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         args.parser.error("--bits auto and --budget come together")
     if args.forms is not None and args.bits != AUTO:
         args.parser.error("--forms is for --bits auto")
-    budget = _bytes(args)
+    budget = _budget(args)
     start_jax()
     from jaxinfer.quantization.methods import Method
     from jaxinfer.quantizing import quantize_checkpoint
@@ -107,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             quantization=quantization,
             method=method,
             calibration=_calibration(args),
-            budget=budget,
+            **budget,
             **({} if args.forms is None else {"forms": args.forms.split(",")}),
             form=args.format,
             overwrite=args.overwrite,
@@ -118,14 +129,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _bytes(args: argparse.Namespace) -> int | None:
+def _budget(args: argparse.Namespace) -> dict[str, Any]:
+    """What bits are chosen by: `budget` in bytes, `loss` of perplexity, or nothing."""
     if args.budget is None:
-        return None
+        return {}
+    if match := re.fullmatch(r"\+(\d+(?:\.\d+)?)\s*%", args.budget):
+        return {"loss": float(match[1]) / 100}
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)b?", args.budget.lower())
     if not match:
-        args.parser.error(f"--budget {args.budget!r} is no size such as 85MB")
+        args.parser.error(f"--budget {args.budget!r} is no size such as 85MB, and no loss such as +1%")
     assert match  # error() ends the command
-    return int(float(match[1]) * UNITS[match[2]])
+    return {"budget": int(float(match[1]) * UNITS[match[2]])}
 
 
 def _quantization(args: argparse.Namespace):
@@ -134,10 +148,10 @@ def _quantization(args: argparse.Namespace):
     from jaxinfer.errors import ConfigError
 
     smooth = args.method.startswith("smoothquant")
-    bits = args.bits or ("8" if smooth else "4")
+    bits = args.bits or ("8" if smooth or args.weight_format == "fp8" else "4")
     if bits == AUTO:
         bits = "4"
-    if not bits.isdecimal():
+    if not bits.isdecimal() or bits in ("16", "32"):
         raise ConfigError(f"--bits is {bits!r}; give 4, 8 or auto")
     rules = {}
     for rule in args.rule:
@@ -150,6 +164,7 @@ def _quantization(args: argparse.Namespace):
         activation_bits=args.activation_bits or (8 if smooth else 16),
         group_size=args.group_size,
         symmetric=not args.asymmetric,
+        weight_format=args.weight_format,
         head_bits=args.head_bits,
         skip=tuple(args.skip),
         rules=rules or None,

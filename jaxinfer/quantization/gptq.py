@@ -34,7 +34,7 @@ def gptq(w, hessian, grid: Grid, *, damping: float = 0.01, act_order: bool = Tru
         factor = _factor(hessian, order, damping * STRONGER**attempt)
         if bool(jnp.isfinite(factor).all()):
             wide = grid.spread(w.shape[1])
-            return _rounded(w, factor, order, wide.scales, wide.minima, low=grid.low, high=grid.high)
+            return _rounded(w, factor, order, wide.scales, wide.minima, low=grid.low, high=grid.high, even=grid.even)
     raise QuantizationError(f"{name}: X^T X is not positive definite; give more calibration text, or a damping above {damping}")
 
 
@@ -49,8 +49,8 @@ def _factor(hessian, order, damping):
     return solve_triangular(lower, jnp.eye(h.shape[0], dtype=h.dtype), lower=True)[::-1, ::-1]
 
 
-@functools.partial(jax.jit, static_argnames=("low", "high"))
-def _rounded(w, factor, order, scales, minima, *, low: int, high: int):
+@functools.partial(jax.jit, static_argnames=("low", "high", "even"))
+def _rounded(w, factor, order, scales, minima, *, low: int, high: int, even: bool):
     inputs, outputs = w.shape[1], w.shape[0]
     block = next(b for b in range(min(BLOCK, inputs), 0, -1) if inputs % b == 0)
     # inputs first, so that one input of all outputs is one row
@@ -69,7 +69,7 @@ def _rounded(w, factor, order, scales, minima, *, low: int, high: int):
 
         def one_input(i, carry):
             mine, chosen, errors = carry
-            n = levels_of(mine[i], s[i], m[i], low, high)
+            n = levels_of(mine[i], s[i], m[i], low, high, even)
             error = (mine[i] - values_of(n, s[i], m[i])) / square[i, i]
             later = jnp.where(jnp.arange(block) > i, square[i], 0)
             return mine - later[:, None] * error, chosen.at[i].set(n), errors.at[i].set(error)

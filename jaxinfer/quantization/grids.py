@@ -1,6 +1,7 @@
 """The grids that weights are rounded to: scales chosen for the least error, and levels packed into QTensors.
 
 Shapes: O outputs, I inputs, G groups. A weight is w ~ n * scale + minimum with whole n in low..high; the minimum is 0 where symmetric.
+Of fp8 n is a number of e4m3.
 """
 
 import dataclasses
@@ -14,22 +15,28 @@ from convert.load import QuantSpec
 from pallas_kernels import qtensor
 from pallas_kernels.errors import QuantizationError
 from pallas_kernels.qtensor import QTensor
-from pallas_kernels.value_formats import INT4_OFFSET
+from pallas_kernels.value_formats import FP8, FP8_MAX, INT4_OFFSET
 
 CLIPS = tuple(1 - 0.03 * i for i in range(12))  # of a group's range, tried in turn
 CHUNK = 1 << 23  # weights whose candidates are compared at a time
-INTEGER = ("int4", "int8")  # formats with even steps, for which scales and levels are searched
+FP8_STEPS = tuple(
+    2 ** (i / 12) for i in range(12)
+)  # e4m3 rounds alike whatever its exponent: where between two powers of two is tried
+INTEGER = ("int4", "int8")  # formats with even steps
+SEARCHED = (*INTEGER, "fp8")  # for which scales and levels are searched
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("scales", "minima"), meta_fields=("low", "high"))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("scales", "minima"), meta_fields=("low", "high", "even"))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Grid:
-    """scales, minima: float32 [O, G], exactly as they will be stored; minima None where symmetric. low, high: of the levels."""
+    """scales, minima: float32 [O, G], exactly as they will be stored; minima None where symmetric. low, high: of the levels. even: they
+    are whole numbers, else those of e4m3."""
 
     scales: jax.Array
     minima: jax.Array | None
     low: int
     high: int
+    even: bool = True
 
     def spread(self, inputs: int) -> "Grid":
         """The same with a scale for every input, [O, I]."""
@@ -37,10 +44,10 @@ class Grid:
         return dataclasses.replace(self, scales=wide(self.scales), minima=None if self.minima is None else wide(self.minima))
 
 
-def levels_of(w, scales, minima, low: int, high: int):
-    """The nearest levels, float32 in the shape of w. scales, minima: of a shape that broadcasts to it."""
-    w = w if minima is None else w - minima
-    return jnp.clip(jnp.rint(w / jnp.where(scales == 0, 1, scales)), low, high)
+def levels_of(w, scales, minima, low: int, high: int, even: bool = True):
+    """The nearest levels, float32 in the shape of w. scales, minima: of a shape that broadcasts to it. Others: of the Grid."""
+    w = (w if minima is None else w - minima) / jnp.where(scales == 0, 1, scales)
+    return jnp.clip(jnp.rint(w), low, high) if even else jnp.clip(w, low, high).astype(FP8).astype(jnp.float32)
 
 
 def values_of(levels, scales, minima):
@@ -49,11 +56,9 @@ def values_of(levels, scales, minima):
 
 
 def check_searchable(spec: QuantSpec, name: str) -> None:
-    """Raise QuantizationError for a format without even steps."""
-    if spec.format not in INTEGER:
-        raise QuantizationError(
-            f"{name}: {spec.format} is rounded to the nearest only; the method takes {' and '.join(INTEGER)}"
-        )
+    """Raise QuantizationError for a format that is rounded to the nearest only."""
+    if spec.format not in SEARCHED:
+        raise QuantizationError(f"{name}: {spec.format} is rounded to the nearest only; the method takes {', '.join(SEARCHED)}")
 
 
 def search_grid(w, importance, spec: QuantSpec, *, clips: tuple[float, ...] = CLIPS) -> Grid:
@@ -62,8 +67,9 @@ def search_grid(w, importance, spec: QuantSpec, *, clips: tuple[float, ...] = CL
         argmin over scale, minimum of  sum_i importance_i (w_i - round(w_i))^2         for each group of each output
 
     w: float [O, I]. importance: float [I], such as the mean square of every input. clips: parts of a group's range that are tried.
-    INT4 without minima uses all 16 levels -8..7, in either direction; each candidate is refined by least squares for the levels that it
-    gives. Raises QuantizationError for a format without even steps and a group that does not divide I.
+    INT4 without minima uses all 16 levels -8..7, in either direction; for fp8 no clipping pays, and FP8_STEPS times the range are
+    tried instead. Each candidate is refined by least squares for the levels that it gives. Raises QuantizationError for a format that is
+    not searched and a group that does not divide I.
     Source: clipping as in AWQ, Lin et al. 2023, arXiv:2306.00978; the signed scale as in GGUF's Q4_0.
     """
     check_searchable(spec, "search_grid")
@@ -83,13 +89,14 @@ def _search(w, importance, spec: QuantSpec, clips: tuple[float, ...]) -> Grid:
     weight = jnp.broadcast_to(importance.astype(jnp.float32).reshape(1, -1, size), g.shape)
     weight = weight + 1e-6 * jnp.mean(weight) + 1e-30  # groups whose inputs never occur are rounded as if all mattered alike
     low, high = _range(spec)
+    even = spec.format in INTEGER
     dtype = np.dtype(spec.scale_dtype or qtensor.default_scale_dtype(spec.format))
     stored = lambda a: a.astype(dtype).astype(jnp.float32)
     least, most = g.min(-1, keepdims=True), g.max(-1, keepdims=True)
     extreme = jnp.where(-least > most, least, most)  # of the largest magnitude, with its sign
 
     def error(scales, minima):
-        n = levels_of(g, scales, minima, low, high)
+        n = levels_of(g, scales, minima, low, high, even)
         return n, jnp.sum(weight * (g - values_of(n, scales, minima)) ** 2, -1, keepdims=True)
 
     def refined(n, minima):
@@ -123,9 +130,10 @@ def _search(w, importance, spec: QuantSpec, clips: tuple[float, ...]) -> Grid:
         return best, None
 
     first = jnp.zeros_like(least), None if spec.symmetric else jnp.zeros_like(least)
-    (found, _), _ = jax.lax.scan(step, (first, jnp.full_like(least, jnp.inf)), jnp.asarray(clips, jnp.float32))
+    tried = clips if even or clips == (1.0,) else FP8_STEPS
+    (found, _), _ = jax.lax.scan(step, (first, jnp.full_like(least, jnp.inf)), jnp.asarray(tried, jnp.float32))
     scales, minima = found
-    return Grid(scales=scales[..., 0], minima=None if minima is None else minima[..., 0], low=low, high=high)
+    return Grid(scales=scales[..., 0], minima=None if minima is None else minima[..., 0], low=low, high=high, even=even)
 
 
 def rounded_to_range(w, spec: QuantSpec):
@@ -139,7 +147,7 @@ def rounded_to_range(w, spec: QuantSpec):
     else:
         least = g.min(-1, keepdims=True)
         scales, minima = stored((g.max(-1, keepdims=True) - least) / (high - low)), stored(least)
-    return values_of(levels_of(g, scales, minima, low, high), scales, minima).reshape(w.shape)
+    return values_of(levels_of(g, scales, minima, low, high, spec.format in INTEGER), scales, minima).reshape(w.shape)
 
 
 def _positive(a):
@@ -150,13 +158,15 @@ def _range(spec: QuantSpec) -> tuple[int, int]:
     """Levels of a format; INT8 leaves -128 out, so that kernels may negate a level."""
     if spec.format == "int8":
         return -127, 127
+    if spec.format == "fp8":
+        return -int(FP8_MAX), int(FP8_MAX)
     return (-INT4_OFFSET, 15 - INT4_OFFSET) if spec.symmetric else (0, 15)
 
 
 def nearest(w, grid: Grid):
     """Levels float32 [O, I] of a weight on its grid."""
     wide = grid.spread(w.shape[1])
-    return levels_of(w, wide.scales, wide.minima, grid.low, grid.high)
+    return levels_of(w, wide.scales, wide.minima, grid.low, grid.high, grid.even)
 
 
 def decoded(levels, grid: Grid):
@@ -168,13 +178,13 @@ def decoded(levels, grid: Grid):
 def packed(levels, grid: Grid, spec: QuantSpec) -> QTensor:
     """A numpy QTensor of levels [O, I] on a grid. Raises QuantizationError for NaN or infinite scales."""
     dtype = np.dtype(spec.scale_dtype or qtensor.default_scale_dtype(spec.format))
-    scales, n = np.asarray(grid.scales), np.asarray(levels).astype(np.int32)
+    scales, n = np.asarray(grid.scales), np.asarray(levels)
     minima = None if grid.minima is None else np.asarray(grid.minima).astype(dtype)
     if not np.isfinite(scales).all() or (minima is not None and not np.isfinite(minima).all()):
         raise QuantizationError(f"a scale is not finite as {dtype}; the weight holds NaN, or values too large for these scales")
-    four = spec.format == "int4"
+    four, kind = spec.format == "int4", qtensor.value_format(spec.format)
     return QTensor(
-        values=qtensor.pack_int4((n - grid.low).astype(np.uint8), spec.group) if four else n.astype(np.int8),
+        values=qtensor.pack_int4((n - grid.low).astype(np.uint8), spec.group) if four else n.astype(kind.dtype),
         scales=scales.astype(dtype),
         zeros=minima,
         format=spec.format,

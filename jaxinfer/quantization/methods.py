@@ -26,7 +26,7 @@ from jaxinfer.models.decoder import POST_NORMS, DecoderWeights, LayerWeights, em
 from jaxinfer.placement import InMemory
 from jaxinfer.quantization.calibration import HALVES, InputStatistics, Layers, input_statistics
 from jaxinfer.quantization.gptq import gptq
-from jaxinfer.quantization.grids import CLIPS, INTEGER, check_searchable, nearest, packed, search_grid
+from jaxinfer.quantization.grids import CLIPS, SEARCHED, check_searchable, nearest, packed, search_grid
 from jaxinfer.quantization.policy import Kept
 from jaxinfer.quantization.scaling import awq_factors, output_error, scaled, sites, smoothing_factors, spread
 from pallas_kernels import qtensor
@@ -138,7 +138,7 @@ def _rounded(w, seen: InputStatistics | None, spec: QuantSpec, method: Method, n
         )
     if "gptq" in method.parts:
         check_searchable(spec, name)
-    if spec.format not in INTEGER or (not method.clip and "gptq" not in method.parts):
+    if spec.format not in SEARCHED or (not method.clip and "gptq" not in method.parts):
         return qtensor.round_to_nearest(np.asarray(w), **dataclasses.asdict(spec) | {"activation": spec.activation})
     importance = jnp.ones(w.shape[1]) if seen is None else seen.importance
     grid = search_grid(w, importance, spec, clips=CLIPS if method.clip else (1.0,))

@@ -4,11 +4,13 @@ import dataclasses
 import difflib
 import fnmatch
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from convert.load import QuantSpec, as_float, cast, checked, quantized, with_activation
 from convert.readers.base import LazyTensor, dtype_named
-from jaxinfer.config import QuantizationConfig
-from jaxinfer.errors import ConfigError
+from jaxinfer.config import FLOATS, QuantizationConfig
+from jaxinfer.errors import ConfigError, QuantizationError
+from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import ParameterInfo
 from jaxinfer.values import DTYPES
 from pallas_kernels.qtensor import ActivationQuant
@@ -17,21 +19,41 @@ from pallas_kernels.qtensor import ActivationQuant
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Kept:
     """How a tensor is kept. spec: it is quantised so. dtype: else floats of this dtype, None for their own. stored: packed tensors stay
-    packed, and groups of activation scales are made to divide `unit` inputs."""
+    packed; groups of activation scales are made to divide `unit` inputs. inputs: what says how those of packed tensors are quantised, in
+    place of the checkpoint."""
 
     spec: QuantSpec | None = None
     dtype: str | None = None
     stored: bool = False
     unit: int = 1
+    inputs: QuantizationConfig | None = None
 
     def of(self, tensor: LazyTensor) -> LazyTensor:
         """The tensor in this form; still lazy. Raises QuantizationError where a group does not divide its inputs."""
         if self.spec is not None:
             return quantized(as_float(tensor), self.spec)
-        if self.stored:
-            activation = tensor.packed and tensor.packed.activation
-            return with_activation(tensor, _fitted(activation, self.unit)) if activation else checked(tensor)
+        if self.stored and tensor.packed is not None:
+            activation = tensor.packed.activation
+            if self.inputs is not None:
+                if not tensor.packed.format.startswith("int"):
+                    raise QuantizationError(
+                        f"{tensor.name} is stored as {tensor.packed.format}; inputs are chosen for int8 and int4 weights: name the "
+                        "form of the others in quantization.rules"
+                    )
+                activation = self.inputs.activation
+            elif activation is None:
+                return checked(tensor)
+            return with_activation(tensor, activation and _fitted(activation, self.unit))
+        if self.stored and self.dtype is None:
+            return checked(tensor)
         return as_float(tensor) if self.dtype is None else cast(as_float(tensor), dtype_named(self.dtype))
+
+
+def attending(config: ModelConfig, quantization: QuantizationConfig | None) -> ModelConfig:
+    """The model with the attention that a quantisation asks for."""
+    if quantization is None or not quantization.enabled or quantization.attention_bits == 16:
+        return config
+    return dataclasses.replace(config, attention=dataclasses.replace(config.attention, integer=True))
 
 
 def stored_as(
@@ -67,7 +89,12 @@ def kept(
             # learned positions are a table that is read, not multiplied
             rule = by_rule[path] if path in by_rule else None if info.axes[0] is None else _by_default(info, quantization)
             if isinstance(rule, QuantizationConfig):
-                out[path] = Kept(spec=spec_of(rule, unit))
+                floats = FLOATS.get(rule.weight_bits)
+                half = dtype if floats == "bfloat16" and dtype == "float16" else floats
+                if rule.weight_format == "stored":
+                    out[path] = Kept(dtype=dtype, stored=True, unit=unit, inputs=rule)
+                else:
+                    out[path] = Kept(dtype=half) if floats else Kept(spec=spec_of(rule, unit))
             else:
                 out[path] = Kept(dtype=rule or dtype)
         else:
@@ -96,14 +123,21 @@ def matched(matrices: Iterable[str], quantization: QuantizationConfig) -> dict[s
 
 
 def _by_default(info: ParameterInfo, q: QuantizationConfig) -> QuantizationConfig | None:
-    """What a matrix without a rule is. Embedding and head are INT8, a scale per channel, with the inputs of the others."""
-    if info.axes[0] != "vocab":
+    """What a matrix without a rule is. Embedding and head are INT8, a scale per channel, or INT4, with the inputs of the others."""
+    if info.axes[0] != "vocab" or q.weight_format == "stored" or (q.head_bits is None and q.weight_bits in FLOATS):
         return q
-    return None if q.head_bits == 16 else QuantizationConfig(activation_bits=16) if q.activation is None else _head_of(q)
-
-
-def _head_of(q: QuantizationConfig) -> QuantizationConfig:
-    return QuantizationConfig(activation_bits=8, activation_group_size=q.activation_group_size)
+    if q.head_bits == 16:
+        return None
+    inputs: dict[str, Any] = {
+        "activation_bits": 16 if q.activation is None else 8,
+        "activation_group_size": q.activation_group_size,
+    }
+    if q.head_bits == 4:
+        four = q.format == "int4"
+        return QuantizationConfig(
+            weight_bits=4, group_size=q.group if four else 64, symmetric=q.symmetric or not four, **inputs
+        )
+    return QuantizationConfig(**inputs)
 
 
 def spec_of(q: QuantizationConfig, unit: int) -> QuantSpec:

@@ -6,6 +6,7 @@ Shapes: S sequences of T tokens, D embed, O outputs and I inputs of a matrix.
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -103,14 +104,40 @@ def allocate(sensitivity: Mapping[str, Sequence[Choice]], budget: int) -> dict[s
         raise QuantizationError(
             f"the budget leaves {budget} bytes for matrices, which need {size} in their smallest forms; raise it"
         )
+    for _, path, n, more in _steps(hulls):
+        if place[path] == n and size + more <= budget:
+            place[path], size = n + 1, size + more
+    return {path: hull[place[path]] for path, hull in hulls.items()}
+
+
+def allocate_to_loss(sensitivity: Mapping[str, Sequence[Choice]], loss: float) -> dict[str, Choice]:
+    """One choice for every matrix of the fewest bytes in all whose costs add up to at most log(1 + loss), up to the size of one step: by
+    as much does perplexity grow where a text is like what the model says. loss: such as 0.01.
+
+    Raises QuantizationError where the largest forms cost more.
+    """
+    hulls = {path: _hull(choices) for path, choices in sensitivity.items()}
+    place = dict.fromkeys(hulls, 0)
+    cost, allowed = sum(hull[0].cost for hull in hulls.values()), math.log1p(loss)
+    for _, path, n, _ in _steps(hulls):
+        if cost <= allowed:
+            break
+        place[path] = n + 1
+        cost += hulls[path][n + 1].cost - hulls[path][n].cost
+    if cost > allowed:
+        raise QuantizationError(
+            f"a loss of {loss:.2%} allows {allowed:.5f} nats a token, and the largest forms are estimated to cost {cost:.5f}; raise it"
+        )
+    return {path: hull[place[path]] for path, hull in hulls.items()}
+
+
+def _steps(hulls: Mapping[str, list[Choice]]) -> list[tuple[float, str, int, int]]:
+    """(cost that it takes off a byte, matrix, place on its hull, bytes) of every step to a larger form, those that take off most first."""
     steps = []
     for path, hull in hulls.items():
         for n, (small, large) in enumerate(itertools.pairwise(hull)):
             steps.append(((small.cost - large.cost) / (large.nbytes - small.nbytes), path, n, large.nbytes - small.nbytes))
-    for _, path, n, more in sorted(steps, key=lambda step: -step[0]):
-        if place[path] == n and size + more <= budget:
-            place[path], size = n + 1, size + more
-    return {path: hull[place[path]] for path, hull in hulls.items()}
+    return sorted(steps, key=lambda step: -step[0])
 
 
 def _hull(choices: Sequence[Choice]) -> list[Choice]:

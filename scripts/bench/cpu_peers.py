@@ -105,6 +105,7 @@ DEFAULT_SYSTEMS = (
     "ctranslate2:int8",
     "llama.cpp:Q8_0",
     "openvino:Q8_0",
+    "jaxinfer:stored-a8",
     "jaxinfer:stored",
     "llama.cpp:Q4_1",
     "llama.cpp:Q4_0",
@@ -113,7 +114,7 @@ DEFAULT_SYSTEMS = (
 
 
 def parse_system(text: str, file_type: str | None) -> System:
-    """A System from ENGINE:PRECISION[+CACHE]. file_type: that of the GGUF file, which "stored" stands for. Raises BenchmarkError."""
+    """A System from ENGINE:PRECISION[+CACHE]. file_type: that of the GGUF file, which "stored" and "stored-a8" stand for. Raises BenchmarkError."""
     engine, _, rest = text.partition(":")
     precision, _, cache = rest.partition("+")
     known = ENGINES.get(engine)
@@ -127,7 +128,7 @@ def parse_system(text: str, file_type: str | None) -> System:
         if precision not in known.precisions:
             raise BenchmarkError(f"{text!r}: {engine} runs at {', '.join(known.precisions)} here, not at {precision!r}")
         group = known.precisions[precision]
-    elif precision == "stored":
+    elif precision in ("stored", "stored-a8"):
         group = STORED.get(file_type or "", file_type or "stored")
     else:
         group = (

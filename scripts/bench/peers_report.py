@@ -170,7 +170,7 @@ def _percent(value: float) -> str:
 
 def _label(row: Mapping[str, Any]) -> str:
     """Such as "llama.cpp Q8_0, cache q8_0"; packed weights as a file holds them are named by what they are."""
-    name = row["name"].replace(":stored", f":{row['group']} as stored", 1)
+    name = row["name"].replace(":stored", f":{row['group']} as stored", 1)  # with -a8 behind it where inputs are INT8
     return name.replace(":", " ", 1).replace("+", ", cache ")
 
 
