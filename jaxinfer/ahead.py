@@ -19,7 +19,7 @@ from jaxinfer.requests import Request
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.slots import Slot, Slots, bucket, cache_bucket
 from pallas_kernels.cpu import library
-from sharding.rules import DATA
+from sharding.mesh import row_shards
 
 WORKERS = 2  # programs that are compiled at the same time, at most; XLA uses several cores for one already
 
@@ -190,7 +190,7 @@ class Walk:
                     self._grow(grown[0].batch, grown[0].tokens, kinds, traffic, sizes)
 
     def _score(self, traffic: Traffic, rows: int) -> None:
-        slots, longest, data = self._slots(), self.config.inference_max_tokens, self._programs.mesh.shape[DATA]
+        slots, longest, data = self._slots(), self.config.inference_max_tokens, row_shards(self._programs.mesh)
         for tokens in traffic.prompt_tokens:
             width = max(2, slots.prompt_bucket(min(tokens, longest)))
             for count in {bucket(n, 1, rows) * data for n in range(1, rows + 1)}:

@@ -22,6 +22,7 @@ from jaxinfer.memory import MemoryPlan, check_positions, explained, plan_memory
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder
 from jaxinfer.placement import Plan, Readable, make_plan, module_tensors, place, placed_shapes
+from jaxinfer.quantization import attending
 from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.text import NoTokenizerError, Tokenizer
@@ -106,6 +107,7 @@ def open_model(
     mesh = make_mesh(
         data=parallel.data_parallel_size,
         stage=parallel.pipeline_parallel_size,
+        expert=parallel.expert_parallel_size,
         tensor=parallel.tensor_parallel_size,
         devices=devices,
     )
@@ -121,7 +123,8 @@ def open_model(
         if str(source) == DEMO and config.dtype is None and config.quantization is None:
             config = dataclasses.replace(config, dtype="float32", quantization=QuantizationConfig())
         opened = open_source(source, progress)
-        tensors, model_config = opened.stored_as(dtype=config.dtype, quantization=config.quantization), opened.config
+        tensors = opened.stored_as(dtype=config.dtype, quantization=config.quantization)
+        model_config = attending(opened.config, config.quantization)
         tokenizer, eos_ids, path = tokenizer or _tokenizer(opened.assets), _eos_ids(opened.assets), opened.path
     check_positions(model_config, "inference_max_tokens", config.inference_max_tokens)
     memory = plan_memory(tensors, mesh, make_plan(model_config, mesh), config)

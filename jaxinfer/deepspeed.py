@@ -67,7 +67,7 @@ def _activation(enabled: Any) -> dict[str, Any]:
 
 BOTH = (True, False)
 _GROUPS = "process groups are not set up by hand: give init_inference(devices=...) and the sizes in engine"
-_EXPERTS = "there is no expert parallelism; leave it out"
+_EXPERTS = "experts are spread over devices by engine.expert_parallel_size; leave it out"
 _HALF = "{} of DeepSpeed's training configuration: True, or {{'enabled': True}}, is the dtype {}"
 _FINER = "a scale per output channel (INT8) or per quantization.group_size inputs (INT4) is finer than {} of one group; for other sizes"
 _WRITTEN_ONCE = (
@@ -136,7 +136,7 @@ KEYS = (
         here="the keys below; or True or False, as moe.enabled",
     ),
     Key(name="moe.enabled", default=True, same=BOTH, here="the checkpoint says whether there are experts"),
-    Key(name="moe.ep_size", default=1, same=(1,), here=_EXPERTS),
+    Key(name="moe.ep_size", default=1, target="engine.expert_parallel_size", here="any number: experts need not divide by it"),
     Key(
         name="moe.moe_experts",
         aliases=("num_experts",),
@@ -282,7 +282,7 @@ KEYS = (
     Key(name="replace_method", default="auto", same=("auto",), here="deprecated in DeepSpeed too; leave it out"),
     Key(name="mp_size", default=1, target="engine.tensor_parallel_size", here="as tensor_parallel.tp_size"),
     Key(name="mpu", here=_GROUPS),
-    Key(name="ep_size", default=1, same=(1,), here=_EXPERTS),
+    Key(name="ep_size", default=1, target="engine.expert_parallel_size", here="as moe.ep_size"),
     Key(name="ep_group", aliases=("expert_group",), here=_EXPERTS),
     Key(name="ep_mp_group", aliases=("expert_mp_group",), here=_EXPERTS),
     Key(name="moe_experts", default=[1], same=([1], 1), here="as moe.moe_experts; leave it out"),

@@ -11,11 +11,10 @@ from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, overload
 
-import jax
 import numpy as np
 from flax import nnx
 
-from jaxinfer import ahead, hf_generate
+from jaxinfer import ahead, hf_generate, replacing
 from jaxinfer.config import EngineConfig
 from jaxinfer.errors import (
     ConfigError,
@@ -23,13 +22,12 @@ from jaxinfer.errors import (
     NoTokenizerError,
     PromptError,
     SamplingParamsError,
-    TensorShapeError,
     TokenLimitError,
 )
 from jaxinfer.generation import Emitted, Prefix, Scores, State
 from jaxinfer.loading import parameter_tensors
-from jaxinfer.memory import MemoryPlan, check_positions, explained
-from jaxinfer.models.decoder import Decoder, DecoderWeights
+from jaxinfer.memory import MemoryPlan, bytes_on_a_device, check_positions, explained, free_bytes
+from jaxinfer.models.decoder import Decoder, DecoderWeights, LayerWeights
 from jaxinfer.placement import Placed, place
 from jaxinfer.programs import Programs
 from jaxinfer.quantization import MemoryReport, memory_report
@@ -37,12 +35,12 @@ from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult, col
 from jaxinfer.sampling import MAX_STOP_TOKENS, NumberedProcessors, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.scheduler import Scheduler, Ticket
-from jaxinfer.slots import SMALLEST_BUCKET, Slots, bucket, padded
-from jaxinfer.stages import StageReport, stage_report
+from jaxinfer.slots import COLLECTIVES, SMALLEST_BUCKET, Slots, bucket, padded
+from jaxinfer.stages import StageReport, stage_report, stage_seconds
 from jaxinfer.text import Tokenizer
 from pallas_kernels.layer_cache import cache_dtype
 from sharding.distributed import Channel, channel, fetch, spans_processes
-from sharding.rules import DATA
+from sharding.mesh import row_shards
 
 SCORE_ROWS = 4
 
@@ -51,6 +49,7 @@ _numbers = itertools.count()  # of engines that several processes share, which m
 _CLOSED = "the engine is closed; make a new one with jaxinfer.init_inference"
 
 Prompt = str | Sequence[int]
+Params = SamplingParams | Sequence[SamplingParams] | None
 Progress = Callable[[int, int, str], None]
 
 
@@ -84,6 +83,8 @@ class Engine:
         memory_plan: MemoryPlan | None = None,
     ):
         check_positions(placed.plan.config, "inference_max_tokens", config.inference_max_tokens)
+        if config.engine.int8_across_hosts:
+            placed = placed.with_int8_hosts()
         self.config, self.tokenizer, self.plan, self.mesh = config, tokenizer, placed.plan, placed.mesh
         self.memory_plan = memory_plan
         self._params: DecoderWeights | None = placed.weights
@@ -114,7 +115,7 @@ class Engine:
 
     @property
     def data_shards(self) -> int:
-        return self.mesh.shape[DATA]
+        return row_shards(self.mesh)
 
     def close(self) -> None:
         """End what runs, and give weights, caches and programs back. Later calls, and requests that ran, raise EngineStateError."""
@@ -136,9 +137,7 @@ class Engine:
         """The weights of an engine that was made for their shapes."""
         self._params = weights
 
-    def prepare(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> Future[None]:
+    def prepare(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> Future[None]:
         """Compile in the background what `generate` needs for these; nothing is run. The result is there when all of it is under way:
         calls then wait for what they need. Raises what `generate` does."""
         _, requests = self._requests(prompts, params)
@@ -166,18 +165,22 @@ class Engine:
         top: int = 0,
         prompt: int | None = None,
         processors: NumberedProcessors = (),
+        row=None,
     ) -> Prefix:
         """Read prompts and choose their first tokens.
 
-        tokens: int32 [rows, T], padded on the right, T at most inference_max_tokens. lengths: int32 [rows]. sampling: arrays [rows].
+        tokens: int32 [rows, T], padded on the right, T at most inference_max_tokens. lengths: int32 [rows]. sampling: arrays [rows]; with
+        row, int32 [sequences], the prompt that each sequence continues, arrays [sequences], which `insert` then has slots for.
         top: alternatives to report; prompt: likewise of the prompts' own tokens, None reports nothing of them; processors: the functions
         that `sampling` numbers (all three static). One program per (rows, T). With D data shards the first rows / D rows are of the first
-        one, and so on.
+        one, and so on; a row is then counted within the shard.
         """
-        return self._running().prefill(top, prompt, processors)(params, tokens, lengths, sampling)
+        run = self._running().prefill(top, prompt, processors, row is not None)
+        return run(params, tokens, lengths, sampling, *([] if row is None else [np.asarray(row, np.int32)]))
 
     def insert(self, prefix: Prefix, state: State, slots) -> State:
-        """Put the rows of a prefix into slots, int32 [rows], counted within the row's data shard; -1 leaves one out. `state` is donated."""
+        """Put the sequences of a prefix into slots, int32 [rows], counted within the row's data shard; -1 leaves one out. `state` is
+        donated."""
         return self._running().insert()(prefix, state, slots)
 
     def decode(
@@ -209,8 +212,17 @@ class Engine:
     # --- generation
 
     @overload
+    def generate(self, prompts: str, params: Params = None) -> GenerationResult: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def generate(self, prompts: Sequence[int], params: Params = None) -> GenerationResult: ...
+
+    @overload
+    def generate(self, prompts: Sequence[Prompt], params: Params = None) -> list[GenerationResult]: ...
+
+    @overload
     def generate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
+        self, prompts: Prompt | Sequence[Prompt], params: Params = None
     ) -> list[GenerationResult] | GenerationResult: ...
 
     @overload
@@ -285,9 +297,16 @@ class Engine:
         finally:
             self._scheduler.cancel([ticket])
 
-    async def agenerate(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> list[GenerationResult] | GenerationResult:
+    @overload
+    async def agenerate(self, prompts: str, params: Params = None) -> GenerationResult: ...  # type: ignore[overload-overlap]
+
+    @overload
+    async def agenerate(self, prompts: Sequence[int], params: Params = None) -> GenerationResult: ...
+
+    @overload
+    async def agenerate(self, prompts: Sequence[Prompt], params: Params = None) -> list[GenerationResult]: ...
+
+    async def agenerate(self, prompts: Any, params: Params = None) -> list[GenerationResult] | GenerationResult:
         """`generate` for asyncio: many calls run side by side in the engine's slots. Cancelling the task ends its requests."""
         single, requests = self._requests(*self._shared(prompts, params))
         deliver, arrived = _mailbox()
@@ -350,50 +369,85 @@ class Engine:
         tools: Sequence[Mapping[str, Any]] | None = None,
     ) -> GenerationResult:
         """The model's answer to a conversation, see `chat_prompt`; to stream it: engine.stream(engine.chat_prompt(messages))."""
-        return self.generate([self.chat_prompt(messages, tools=tools)], params)[0]  # type: ignore[index]
+        return self.generate([self.chat_prompt(messages, tools=tools)], params)[0]
 
-    def check(
-        self, prompts: Prompt | Sequence[Prompt], params: SamplingParams | Sequence[SamplingParams] | None = None
-    ) -> None:
+    def check(self, prompts: Prompt | Sequence[Prompt], params: Params = None) -> None:
         """Raise what `generate` would refuse of these, without running anything."""
         self._requests(prompts, params)
 
     def update_params(self, model: Decoder | nnx.State | Mapping[str, Any]) -> None:
         """Go on with other weights of the same shapes, between two turns of the device; nothing is compiled again.
 
-        model: a Decoder, its nnx.State, or {module path: array or QTensor}. Memory holds both until the new ones are in place. Requests
-        that are running go on with the new weights. Raises MissingTensorError or UnexpectedTensorError for other parameters, and
-        TensorShapeError for shapes or formats that are not those of the engine.
+        model: a Decoder, its nnx.State, or {module path: array or QTensor}. Where devices have room for both, requests go on until the new
+        ones are in place; else they wait while layers are replaced one by one. Requests that are running go on with the new weights.
+        Raises MissingTensorError or UnexpectedTensorError for other parameters, and TensorShapeError for shapes or formats that are not
+        those of the engine, which then keeps what it has; OutOfMemoryError where even that does not fit, and closes the engine.
         """
-        new = place(parameter_tensors(model, self.plan.config), self.mesh, config=self.plan.config).weights
-        kept = lambda weights: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), weights)
-        if kept(new) != kept(self.params):
-            raise TensorShapeError(["the new weights have other dtypes, or are quantised otherwise, than those of the engine"])
-        with self._scheduler.paused():
-            self._params = new
+        config = self.plan.config
+        tensors = parameter_tensors(model, config)
+        replacing.check_alike(tensors, self.mesh, config, self.params)
+        if free_bytes(self.mesh) >= bytes_on_a_device(self.params):
+            new = place(tensors, self.mesh, config=config).weights
+            with self._scheduler.paused():
+                self._params = new
+            return
+        try:
+            with self._scheduler.paused(), explained(self.memory_plan):
+                layers: list[LayerWeights | None] = [*self.params.layers]
+                self._params = None
+                self._params = replacing.replaced(tensors, self.mesh, config, layers)
+        except BaseException:
+            self.close()  # some of its layers are gone
+            raise
 
     def stage_report(
-        self, *, context: int | None = None, batch: int | None = None, layer_seconds: Sequence[float] | None = None
+        self,
+        *,
+        context: int | None = None,
+        batch: int | None = None,
+        layer_seconds: Sequence[float] | None = None,
+        measure: bool = False,
     ) -> StageReport:
         """Which layers each stage of the pipeline has, what a decode tick of theirs costs, and how far the stages differ.
 
         context: cached tokens of a sequence, inference_max_tokens by default. batch: sequences of a tick, micro_batch_size by default.
-        layer_seconds: measured times of all layers, to be compared instead of the counted bytes.
+        layer_seconds: measured times of all layers, to be compared instead of the counted bytes. measure: take the time of every stage's
+        layers, one stage after the other, while no request runs; compiles a program for each. Raises ConfigError where both are given, and
+        for measuring on several processes.
         """
+        if measure and layer_seconds is not None:
+            raise ConfigError("stages have measured times by layer_seconds or by measure; give one of them")
+        batch = self.config.micro_batch_size if batch is None else batch
+        context = self.config.inference_max_tokens if context is None else context
+        kept, seconds = cache_dtype(self.config.cache_dtype), None
+        if measure:
+            sizes: dict[str, Any] = {"batch": batch, "context": context, "cache_dtype": kept, "kernels": self.config.kernels}
+            with self._scheduler.paused(), COLLECTIVES:
+                seconds = stage_seconds(self.plan, self.mesh, self.params, **sizes)
         return stage_report(
             self.plan,
             self.params,
-            batch=self.config.micro_batch_size if batch is None else batch,
-            context=self.config.inference_max_tokens if context is None else context,
-            item=np.dtype(cache_dtype(self.config.cache_dtype)).itemsize,
+            batch=batch,
+            context=context,
+            item=np.dtype(kept).itemsize,
             layer_seconds=layer_seconds,
+            seconds=seconds,
         )
 
     def memory_report(self) -> MemoryReport:
         """Bytes of the weights on this process's devices, by kind of tensor and form."""
         return memory_report(self.params)
 
-    def score(self, prompts: Prompt | Sequence[Prompt]) -> list[ScoreResult] | ScoreResult:
+    @overload
+    def score(self, prompts: str) -> ScoreResult: ...  # type: ignore[overload-overlap]
+
+    @overload
+    def score(self, prompts: Sequence[int]) -> ScoreResult: ...
+
+    @overload
+    def score(self, prompts: Sequence[Prompt]) -> list[ScoreResult]: ...
+
+    def score(self, prompts: Any) -> list[ScoreResult] | ScoreResult:
         """Log-probability of every token of the prompts given those before it."""
         single, ids = self._prompt_ids(self._shared(prompts, None)[0])
         results = []
@@ -514,13 +568,14 @@ class Engine:
             )
         vocab = self.plan.config.vocab
         params = for_model(params, vocab=vocab, tokenizer=self.tokenizer, max_logprobs=self.config.max_logprobs)
-        self._slots.processors.number(params.logits_processor)
+        own = params.logits_processor
+        held = None if own is None else self._slots.processors.hold(own)
         stops = (() if params.ignore_eos else self.eos_ids) + params.stop_token_ids
         if len(stops) > MAX_STOP_TOKENS:
             raise SamplingParamsError(
                 f"{len(stops)} stop tokens, the model's own included; at most {MAX_STOP_TOKENS} are possible"
             )
-        return Request(prompt, params, limit=limit, stop_tokens=stops, tokenizer=self.tokenizer)
+        return Request(prompt, params, limit=limit, stop_tokens=stops, tokenizer=self.tokenizer, held=held)
 
 
 def _delta(arrived: Delta | BaseException) -> Delta:

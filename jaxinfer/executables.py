@@ -36,6 +36,7 @@ import numpy as np
 from jax.experimental import serialize_executable
 
 from jaxinfer.ahead import Need, workers
+from jaxinfer.code_digest import code_digest, is_plain
 from jaxinfer.demo import cache_dir
 from jaxinfer.errors import ExecutablesError
 from jaxinfer.programs import Program, Programs, settings
@@ -88,7 +89,7 @@ def environment(programs: Programs) -> dict[str, Any]:
         "device_kind": device.device_kind,
         "machine": platform.machine(),
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
-        "operations": {op: [i.name for i in registry.implementations(op)] for op in registry.operations()},
+        "operations": {op: [_named(i) for i in registry.implementations(op)] for op in registry.operations()},
         **settings(),
     }
     if device.platform == "cpu":
@@ -98,6 +99,18 @@ def environment(programs: Programs) -> dict[str, Any]:
             digest = hashlib.sha256(native.path.read_bytes()).hexdigest()
             facts["native_kernels"] = {"library": digest, "set": native.instruction_sets[0], "threads": library.threads()}
     return facts
+
+
+def _named(implementation: registry.Implementation) -> str:
+    """The name of an implementation; with a digest of its code where a user registered it, since the name may be that of another one."""
+    roots = {name: _root(name) for name in _PACKAGES}
+    parts = implementation.function, implementation.supports
+    foreign = [part for part in parts if not is_plain(part, roots)]
+    return f"{implementation.name} ({code_digest(*foreign)[:16]})" if foreign else implementation.name
+
+
+def _root(package: str) -> Path:
+    return Path(sys.modules[package].__path__[0])
 
 
 def cpu_features() -> tuple[str, ...]:
@@ -121,7 +134,7 @@ def _sources_digest() -> str:
     """Of the files that programs are made of: a source tree changes without its version."""
     digest = hashlib.sha256()
     for name in _PACKAGES:
-        root = Path(sys.modules[name].__path__[0])
+        root = _root(name)
         wanted = [root / "models", *(root / f"{m}.py" for m in ("generation", "placement", "programs", "sampling"))]
         for top in wanted if name == "jaxinfer" else [root]:
             for path in sorted([*top.rglob("*.py"), *top.rglob("*.json")]) if top.is_dir() else [top]:

@@ -30,15 +30,17 @@ def _pytree(cls):
 @_pytree
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prefix:
-    """Prompts that were read: their fresh caches per layer slot [rows, K, T, H], tokens int32 [rows, T], lengths int32 [rows], the first
-    new token, and how the next ones are chosen. prompt: the prompts' own tokens [rows, T] with their log-probabilities, the first of each
-    row without one; None unless asked for, and not for `insert`."""
+    """Prompts that were read: their fresh caches per layer slot [rows, K, T, H], tokens int32 [rows, T], lengths int32 [rows]; of every
+    sequence that continues one of them the first new token, and how the next ones are chosen. row: int32 [sequences], the prompt of each;
+    None where each prompt has one. prompt: the prompts' own tokens [rows, T] with their log-probabilities, the first of each row without
+    one; None unless asked for, and not for `insert`."""
 
     caches: tuple[LayerCache, ...]
     tokens: jax.Array
     lengths: jax.Array
     first: Choice
     sampling: SamplingArrays
+    row: jax.Array | None = None
     prompt: Choice | None = None
 
 
@@ -91,9 +93,8 @@ def _of(array, m, count: int):
 
 def _used(plan: Plan):
     """Which layer slots this stage uses, bool [slots], or None where every stage uses all."""
-    if len(set(plan.counts)) == 1:
-        return None
-    return jnp.arange(plan.slots) < jnp.asarray(plan.counts)[plan.context.stage_index()]
+    used = plan.used
+    return None if all(map(all, used)) else jnp.asarray(used)[plan.context.stage_index()]
 
 
 def _pipeline(weights, x, lengths, plan: Plan) -> tuple[jax.Array, tuple[LayerCache, ...]]:
@@ -134,6 +135,7 @@ def prefill(
     tokens,
     lengths,
     sampling: SamplingArrays,
+    row=None,
     *,
     plan: Plan,
     cache_dtype,
@@ -143,7 +145,8 @@ def prefill(
 ) -> Prefix:
     """Read prompts.
 
-    tokens int32 [B, T], padded on the right; lengths int32 [B]. cache_dtype: of the caches. top, processors: see `choose_tokens`. prompt:
+    tokens int32 [B, T], padded on the right; lengths int32 [B]. row: int32 [N], which of them each of N sequences continues, whose
+    `sampling` is [N]; None: each prompt is continued by one. cache_dtype: of the caches. top, processors: see `choose_tokens`. prompt:
     alternatives to report for the prompts' own tokens (static); None reports nothing of them.
     """
     ctx = plan.context
@@ -154,19 +157,20 @@ def prefill(
         own = _prompt_choices(weights, x, tokens, lengths, plan, prompt)
     last = jnp.take_along_axis(x, (lengths - 1)[:, None, None], 1)[:, 0]
     logits = head_logits(weights, ctx.from_last_stage(last) if prompt is None else last, plan.config, ctx)
+    each = (lambda a: a) if row is None else (lambda a: a[row])
     first = choose_tokens(
-        logits,
+        each(logits),
         sampling,
-        jnp.zeros_like(lengths),
-        lambda: Past(tokens=tokens, lengths=lengths, edits=sampling.edits),
+        sampling.said,
+        lambda: Past(tokens=each(tokens), lengths=each(lengths), edits=sampling.edits),
         ctx,
         vocab=plan.config.vocab,
         top=top,
         processors=processors,
     )
     like = LayerCache.zeros(rows=0, kv_heads=0, tokens=0, head_dim=0, dtype=cache_dtype)
-    encoded = tuple(like.encode(c.k, c.v) for c in caches)
-    return Prefix(caches=encoded, tokens=tokens, lengths=lengths, first=first, sampling=sampling, prompt=own)
+    encoded = tuple(like.encode_rows(c.k, c.v, lengths) for c in caches)
+    return Prefix(caches=encoded, tokens=tokens, lengths=lengths, first=first, sampling=sampling, row=row, prompt=own)
 
 
 def empty_state(plan: Plan, *, batch: int, tokens: int, cache_dtype) -> State:
@@ -195,16 +199,25 @@ def empty_state(plan: Plan, *, batch: int, tokens: int, cache_dtype) -> State:
     )
 
 
+def _corner(whole, part):
+    """`part` at the beginning of every axis of `whole`."""
+    return lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+
+
 def grow(state: State, *, plan: Plan, batch: int, tokens: int, cache_dtype) -> State:
-    """The same sequences in a state of more sequences per micro-batch, or of more cached tokens; a slot keeps its place (m, b)."""
-    M, B = state.tokens.shape
-    by_slot = lambda tree, rows: jax.tree.map(lambda a: a.reshape(M, rows, *a.shape[1:]), tree)
-    corner = lambda whole, part: lax.dynamic_update_slice(whole, part, (0,) * whole.ndim)
+    """The same sequences in a state of more sequences per micro-batch, or of more cached tokens; a slot keeps its place (m, b). The caches
+    are left out, before and after: they grow one by one, so that no two of all are there at a time."""
     new = empty_state(plan, batch=batch, tokens=tokens, cache_dtype=cache_dtype)
-    caches = jax.tree.map(corner, by_slot(new.caches, batch), by_slot(state.caches, B))
-    flat = jax.tree.map(lambda a: a.reshape(M * batch, *a.shape[2:]), caches)
-    rest = jax.tree.map(corner, dataclasses.replace(new, caches=()), dataclasses.replace(state, caches=()))
-    return dataclasses.replace(rest, caches=flat)
+    return jax.tree.map(_corner, dataclasses.replace(new, caches=()), state)
+
+
+def grow_cache(cache: LayerCache, *, plan: Plan, batch: int, tokens: int, cache_dtype) -> LayerCache:
+    """The cache of a layer slot for a state that has grown."""
+    M = plan.context.stages
+    by_slot = lambda tree: jax.tree.map(lambda a: a.reshape(M, a.shape[0] // M, *a.shape[1:]), tree)
+    new = empty_state(plan, batch=batch, tokens=tokens, cache_dtype=cache_dtype).caches[0]
+    grown = jax.tree.map(_corner, by_slot(new), by_slot(cache))
+    return jax.tree.map(lambda a: a.reshape(M * batch, *a.shape[2:]), grown)
 
 
 def _marked(state: State, slots):
@@ -220,16 +233,19 @@ def _forget(state: State, slots, plan: Plan):
 
 
 def insert(prefix: Prefix, state: State, slots, *, plan: Plan) -> State:
-    """Put the sequences of a prefix into slots, int32 [rows of the prefix]; -1 leaves a row out."""
+    """Put the sequences of a prefix into slots, int32 [sequences of the prefix]; -1 leaves one out."""
     M, B, S = state.history.shape
-    rows, width = prefix.tokens.shape
+    rows, width = slots.shape[0], prefix.tokens.shape[1]
+    each = (lambda a: a) if prefix.row is None else (lambda a: a[prefix.row])
+    tokens, lengths = each(prefix.tokens), each(prefix.lengths)
     caches = state.caches
     for i in range(rows):
         start, keep = jnp.maximum(slots[i], 0), slots[i] >= 0
 
         def put_row(cache, fresh, i=i, start=start, keep=keep):
             at = (start, *[0] * (cache.ndim - 1))
-            part = fresh[i : i + 1, :, : cache.shape[2]]
+            fresh = fresh[:, :, : cache.shape[2]]
+            part = fresh[i : i + 1] if prefix.row is None else lax.dynamic_slice_in_dim(fresh, prefix.row[i], 1)
             old = lax.dynamic_slice(cache, at, part.shape)
             return lax.dynamic_update_slice(cache, jnp.where(keep, part, old), at)
 
@@ -241,17 +257,17 @@ def insert(prefix: Prefix, state: State, slots, *, plan: Plan) -> State:
 
     first, sampling = prefix.first.token, prefix.sampling
     # no `.at[:, :width].set`: where width is S that is a scatter without an index, which crashes XLA's partitioner
-    history = jnp.pad(prefix.tokens[:, :S], ((0, 0), (0, max(S - width, 0))))
+    history = jnp.pad(tokens[:, :S], ((0, 0), (0, max(S - width, 0))))
     return State(
         caches=caches,
         hidden=state.hidden,
         valid=_forget(state, _marked(state, slots), plan),
         tick=state.tick,
         tokens=put(state.tokens, first),
-        lengths=put(state.lengths, prefix.lengths),
-        generated=put(state.generated, jnp.ones_like(first)),
-        history=put(state.history, history.at[jnp.arange(rows), prefix.lengths].set(first, mode="drop")),
-        active=put(state.active, (sampling.limit > 1) & ~jnp.any(first[:, None] == sampling.stop_tokens, -1)),
+        lengths=put(state.lengths, lengths),
+        generated=put(state.generated, sampling.said + 1),
+        history=put(state.history, history.at[jnp.arange(rows), lengths].set(first, mode="drop")),
+        active=put(state.active, (sampling.limit > sampling.said + 1) & ~jnp.any(first[:, None] == sampling.stop_tokens, -1)),
         sampling=jax.tree.map(put, state.sampling, sampling),
     )
 
@@ -281,8 +297,8 @@ def decode(weights, state: State, steps, *, plan: Plan, top: int, processors: Nu
     def more(carry):
         n, state, _ = carry
         going = jnp.any(state.active)
-        if plan.context.data:  # every shard runs as many ticks as the longest: one count of them serves all
-            going = plan.context.max_over_data(going.astype(jnp.int32)) > 0
+        if plan.context.rows:  # every shard runs as many ticks as the longest: one count of them serves all
+            going = plan.context.max_over_rows(going.astype(jnp.int32)) > 0
         return (n < ticks) & going
 
     def body(carry):
@@ -388,7 +404,8 @@ def forward(weights, tokens, lengths, *, plan: Plan) -> jax.Array:
     """Logits float32 [B, T, V] of whole rows: the module's call on placed weights, with gradients that are right inside shard_map.
 
     tokens int32 [B, T], padded on the right; lengths int32 [B]. Gradients of weights that several shards hold whole are whole on each;
-    under a data axis they are of the local rows, to be summed over it.
+    under data and expert axes they are of the local rows, to be summed over both, but for those of split experts, which have the rows of
+    all expert shards.
     """
     ctx = plan.context
     x, _ = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)

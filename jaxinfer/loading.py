@@ -21,7 +21,7 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder, parameters
 from jaxinfer.models.families import Family, find_family
 from jaxinfer.placement import InMemory, module_tensors
-from jaxinfer.quantization import stored_as
+from jaxinfer.quantization import attending, stored_as
 
 DEMO = "demo"
 Progress = Callable[[int, int, str], None]
@@ -133,7 +133,7 @@ def load_model(
         quantization = QuantizationConfig.parse(quantization)
     opened = open_source(source)
     values = materialize(opened.stored_as(dtype=dtype, quantization=quantization), progress)
-    return module_of(opened.config, values)
+    return module_of(attending(opened.config, quantization), values)
 
 
 def module_of(config: ModelConfig, values: Mapping) -> Decoder:

@@ -22,6 +22,7 @@ from jaxinfer.sampling import SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
 from jaxinfer.slots import bucket
 from pallas_kernels.cpu import library
+from pallas_kernels.layer_cache import token_bytes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,9 +119,10 @@ class Runner:
     @property
     def cache_bytes_per_token(self) -> int:
         """Of keys and values of one sequence in the whole model."""
-        plan, kept = self.engine.plan, np.dtype(self.engine.programs.cache_dtype)
-        a, scale = plan.config.attention, 4 if kept == np.int8 else 0
-        return plan.config.layers * a.kv_heads * 2 * (a.head_dim * kept.itemsize + scale)
+        config = self.engine.plan.config
+        return (
+            config.layers * config.attention.kv_heads * token_bytes(self.engine.programs.cache_dtype, config.attention.head_dim)
+        )
 
 
 class Halves:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import psutil
 from jax.sharding import Mesh
@@ -24,7 +23,8 @@ from jaxinfer.generation import empty_state
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import parameters
 from jaxinfer.placement import InMemory, Plan, Readable, _Placer
-from pallas_kernels.layer_cache import INT8, cache_dtype
+from pallas_kernels import gpus
+from pallas_kernels.layer_cache import cache_dtype, token_bytes
 from pallas_kernels.qtensor import QTensor
 from sharding.distributed import channel, spans_processes
 from sharding.partition import Units
@@ -94,10 +94,10 @@ def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan) -> int
     """Bytes of weights on each device: all devices hold shards of one size. Reads nothing. Raises MeshError as `place` does."""
     outlines = {path: _Outlined(tuple(tensor.shape), _outline(tensor)) for path, tensor in tensors.items()}
     placer = _Placer(outlines, mesh, plan, None)
-    total = 0
+    total, placed = 0, {str(plan.sample(slot)) for slot in range(plan.slots)}  # one layer a slot: all stages have its shapes
     for path, info in parameters(plan.config).items():
         _, layer, *_ = (*path.split("."), "")
-        if path.startswith("blocks.") and int(layer) >= plan.slots:  # the first stage is the longest; its slots are everywhere
+        if path.startswith("blocks.") and layer not in placed:
             continue
         units = tuple(placer.units[a][0] if a in placer.units else None for a in info.axes)
         shape = tuple(n if unit is None else unit.length for n, unit in zip(tensors[path].shape, units, strict=True))
@@ -110,9 +110,7 @@ def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan) -> int
 
 def cache_bytes_per_token(plan: Plan, dtype) -> int:
     """Bytes of keys and values that one token takes on one device."""
-    heads, size = len(plan.heads.kv[0]), plan.config.attention.head_dim * jnp.dtype(dtype).itemsize
-    scale = 4 if jnp.dtype(dtype) == INT8 else 0
-    return plan.slots * heads * 2 * (size + scale)
+    return plan.slots * len(plan.heads.kv[0]) * token_bytes(dtype, plan.config.attention.head_dim)
 
 
 def state_bytes(plan: Plan, dtype, *, batch: int, tokens: int) -> int:
@@ -128,7 +126,7 @@ def state_bytes(plan: Plan, dtype, *, batch: int, tokens: int) -> int:
 class Work:
     """What one device's programs compute with; sizes are of its shard. The estimates are held against compiled programs by tests.
 
-    mlp: columns of what the MLP holds of a token. shard_vocab: of its logits. cached: dtype of the cache. packed: weights are
+    mlp: columns of what the MLP or the experts hold of a token. shard_vocab: of its logits. cached: dtype of the cache. packed: weights are
     quantised. dequantised: bytes of the largest weight that is made float32 in one piece.
     """
 
@@ -157,11 +155,10 @@ class Work:
         hidden = rows * tokens * self.embed * FLOAT * (3 if self.stages == 1 else 5)
         return hidden + qkv + max(scores, mlp) + self.dequantised
 
-    def prefill(self, rows: int, tokens: int) -> int:
-        """Bytes to read `rows` prompts of `tokens` tokens, their fresh caches included."""
-        item = jnp.dtype(self.cached).itemsize
-        fresh = rows * tokens * self.slots * self.kv_heads * self.head_dim * 2 * item
-        return self._forward(rows, tokens) + fresh + self._logits(rows)
+    def prefill(self, rows: int, tokens: int, sequences: int = 0) -> int:
+        """Bytes to read `rows` prompts of `tokens` tokens, their fresh caches included. sequences: that continue them, if they are more."""
+        fresh = rows * tokens * self.slots * self.kv_heads * token_bytes(self.cached, self.head_dim)
+        return self._forward(rows, tokens) + fresh + self._logits(max(rows, sequences))
 
     def score(self, rows: int, tokens: int) -> int:
         """Bytes to score `rows` texts of `tokens` tokens."""
@@ -171,8 +168,9 @@ class Work:
         """Bytes for a token of `rows` sequences per micro-batch with caches of `tokens`. reported: alternatives told of each token."""
         scores = 2 * rows * self.heads * tokens * FLOAT
         copies = 2 * rows * self.kv_heads * tokens * self.head_dim
-        own = copies * jnp.dtype(self.cached).itemsize if self.stages > 1 else 0  # a micro-batch's rows are gathered
-        wide = copies * FLOAT if self.cached == "int8" else 0
+        # a micro-batch's rows are gathered
+        own = rows * self.kv_heads * tokens * token_bytes(self.cached, self.head_dim) if self.stages > 1 else 0
+        wide = copies * FLOAT if self.cached in ("int8", "fp8", "int4") else 0
         told = 2 * self.stages * rows * tokens * (8 + 8 * reported)
         return scores + own + wide + told + self._logits(rows) + self.dequantised
 
@@ -182,13 +180,19 @@ def _work(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, cached: str) 
     tensor, stages = len(heads.query), plan.context.stages
     width = -(-c.mlp.width // tensor)
     shard_vocab = -(-c.vocab // (tensor * stages))
-    layer = [path for path in parameters(c) if path.startswith("blocks.0.")]
+    layer = [path for slot in range(plan.slots) for path in parameters(c) if path.startswith(f"blocks.{plan.sample(slot)}.")]
     packed = any(isinstance(_outline(tensors[path]), QTensor) for path in layer)
     head = "embedding" if c.tied else "head"
     gates = 2 if c.mlp.gated else 1
     whole = [shard_vocab * c.embed] if isinstance(_outline(tensors[head]), QTensor) else []
     whole += [gates * width * c.embed] if packed else []
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
+    on_cpu, columns = mesh.devices.flat[0].platform == "cpu", (gates + 1) * width
+    if c.moe is not None:
+        own, inner = len(plan.experts[0]) if plan.experts else c.moe.experts, -(-c.moe.width // tensor)
+        # rows that a token takes among this device's experts, and columns of each; XLA on a CPU has a row once for every expert
+        chosen = len(plan.experts) * min(c.moe.used, own) if plan.experts else c.moe.used
+        columns = max(columns, chosen * (3 * inner + c.embed + (own * max(inner, c.embed) if on_cpu else 0)))
+        whole += [2 * own * inner * c.embed] if packed else []
     return Work(
         stages=stages,
         heads=len(heads.query[0]),
@@ -196,7 +200,7 @@ def _work(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, cached: str) 
         head_dim=c.attention.head_dim,
         slots=plan.slots,
         embed=c.embed,
-        mlp=(gates + 1) * width,
+        mlp=columns,
         vocab=c.vocab,
         shard_vocab=shard_vocab,
         cached=cached,
@@ -236,9 +240,10 @@ class MemoryPlan:
         return int(self.fraction * self.free)
 
     def prefill_rows(self, tokens: int) -> int:
-        """Prompts of `tokens` tokens to read at once in each copy of the model: a power of two, as many as fit."""
+        """Prompts of `tokens` tokens to read at once in each copy of the model, continued by any number of sequences that there are slots
+        for: a power of two, as many as fit."""
         room, rows = self.allowed - self.weights - self.cache, 1
-        while self.work and rows < self.slots and self.work.prefill(2 * rows, tokens) <= room:
+        while self.work and rows < self.slots and self.work.prefill(2 * rows, tokens, self.slots) <= room:
             rows *= 2
         return rows
 
@@ -275,10 +280,18 @@ class MemoryPlan:
         return "; ".join(text for _, text in sorted(ways.items(), reverse=True)) + "; or use more devices"
 
 
+def bytes_on_a_device(arrays: Any) -> int:
+    """Of arrays that are spread alike over devices: what the first of this process has of each."""
+    return sum(array.addressable_shards[0].data.nbytes for array in jax.tree.leaves(arrays))
+
+
 def free_bytes(mesh: Mesh) -> int:
-    """Free memory of the fullest of this process's devices; CPU devices share the host's."""
+    """Free memory of the fullest of this process's devices; CPU devices share the host's, GPUs that are not here are free."""
     local = [d for d in mesh.devices.flat if d.process_index == jax.process_index()]
-    stats = [device.memory_stats() for device in local]
+    try:
+        stats = [device.memory_stats() for device in local]
+    except jax.errors.JaxRuntimeError:  # devices of a topology
+        return gpus.describe(local[0].device_kind).memory
     if all(s and "bytes_limit" in s for s in stats):
         return min(s["bytes_limit"] - s["bytes_in_use"] for s in stats)
     return _host_free() // len(local)
@@ -309,7 +322,9 @@ def plan_memory(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, config:
 
     def of(batch: int) -> MemoryPlan:
         reported = config.max_logprobs
-        needs = (work.decode(batch, tokens, reported), work.prefill(1, tokens), work.score(1, tokens))
+        reading = work.prefill(1, tokens, batch * stages)
+        growing = batch * one // plan.slots  # a layer's old cache beside its new one, see Slots
+        needs = (work.decode(batch, tokens, reported), reading, work.score(1, tokens), growing)
         return MemoryPlan(
             weights=weights,
             cache=batch * one,

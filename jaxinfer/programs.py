@@ -24,13 +24,13 @@ from jaxinfer.generation import Prefix, State
 from jaxinfer.placement import Placed, local_layers
 from jaxinfer.sampling import NumberedProcessors
 from pallas_kernels import registry
-from sharding.rules import DATA, STAGE, TENSOR_AXES
+from sharding.rules import ROW_AXES, STAGE, TENSOR_AXES
 
-# Prefix trees of partition specs. Sequences are split over data shards. Rows of a cache are split over stages too, its heads over tensor
-# shards; what waits at a stage's door is the stage's own.
-ROWS, SLOTS = P(DATA), P(None, DATA)  # of arrays [B, ...] and [M, B, ...]
-CACHE = P((STAGE, DATA), TENSOR_AXES)
-_OWN: dict[str, Any] = {"caches": CACHE, "hidden": P((STAGE, DATA)), "valid": P((STAGE, DATA)), "tick": P()}
+# Prefix trees of partition specs. Sequences are split over data and expert shards. Rows of a cache are split over stages too, its heads
+# over tensor shards; what waits at a stage's door is the stage's own.
+ROWS, SLOTS = P(ROW_AXES), P(None, ROW_AXES)  # of arrays [B, ...] and [M, B, ...]
+CACHE = P((STAGE, *ROW_AXES), TENSOR_AXES)
+_OWN: dict[str, Any] = {"caches": CACHE, "hidden": P((STAGE, *ROW_AXES)), "valid": P((STAGE, *ROW_AXES)), "tick": P()}
 STATE = State(**{name: _OWN.get(name, SLOTS) for name in State.__dataclass_fields__})
 PREFIX = Prefix(**{name: _OWN.get(name, ROWS) for name in Prefix.__dataclass_fields__})
 
@@ -141,6 +141,7 @@ def _sharded(mesh: Mesh, specs, tree):
     return jax.tree.map(lambda spec, part: jax.tree.map(functools.partial(abstract, spec), part), specs, tree)
 
 
+OWN_PROGRAMS = 64  # with users' functions, that an engine keeps
 SHARED_SETS = 8  # of programs that are kept; what an engine uses lives as long as the engine
 
 
@@ -177,12 +178,13 @@ def _once(build: Callable[..., Recipe]) -> Callable[..., Program]:
         static = {name: value for name, value in bound.arguments.items() if name != "self"}
         key = (build.__name__, *static.values())
         built = self._own if static.get("processors") else self.built
-        if key not in built:
+        found = built.get(key)
+        if found is None:
             with _lock:
-                if key not in built:
+                if (found := built.get(key)) is None:
                     recipe = build(self, **static)
                     weights = bool(recipe.inputs) and recipe.inputs[0] is self.specs
-                    built[key] = Program(
+                    found = built[key] = Program(
                         build.__name__,
                         static,
                         recipe,
@@ -192,7 +194,9 @@ def _once(build: Callable[..., Recipe]) -> Callable[..., Program]:
                         kernels=self.kernels,
                         coming=self.coming,
                     )
-        return built[key]
+                    while len(self._own) > OWN_PROGRAMS:
+                        del self._own[next(iter(self._own))]
+        return found
 
     return get
 
@@ -227,11 +231,12 @@ class Programs:
         return lambda weights, *arrays: function(local_layers(weights), *arrays, plan=self.plan, **static)
 
     @_once
-    def prefill(self, top: int, prompt: int | None = None, processors: NumberedProcessors = ()) -> Recipe:
-        """(weights, tokens [B, T], lengths [B], sampling) -> Prefix."""
+    def prefill(self, top: int, prompt: int | None = None, processors: NumberedProcessors = (), shared: bool = False) -> Recipe:
+        """(weights, tokens [B, T], lengths [B], sampling [B]) -> Prefix. shared: a further argument says which row each of N sequences
+        continues, [N], counted within its data shard, and sampling is [N]."""
         static = {"cache_dtype": self.cache_dtype, "top": top, "prompt": prompt, "processors": processors}
         run = self._model(generation.prefill, **static)
-        return Recipe(function=run, inputs=(self.specs, ROWS, ROWS, ROWS), outputs=PREFIX)
+        return Recipe(function=run, inputs=(self.specs, ROWS, ROWS, ROWS, *([ROWS] if shared else [])), outputs=PREFIX)
 
     @_once
     def insert(self) -> Recipe:
@@ -261,9 +266,18 @@ class Programs:
 
     @_once
     def grow(self, batch: int, tokens: int) -> Recipe:
-        """State -> a State of `batch` sequences per micro-batch and data shard, of `tokens` tokens each, with the same sequences."""
+        """State -> a State of `batch` sequences per micro-batch and data shard, of `tokens` tokens each, with the same sequences; both
+        without caches, see `grow_cache`."""
         make = functools.partial(generation.grow, plan=self.plan, batch=batch, tokens=tokens, cache_dtype=self.cache_dtype)
         return Recipe(function=make, inputs=(STATE,), outputs=STATE)
+
+    @_once
+    def grow_cache(self, batch: int, tokens: int) -> Recipe:
+        """The cache of a layer slot -> the one of a state that `grow` gives."""
+        sizes = {"batch": batch, "tokens": tokens, "cache_dtype": self.cache_dtype}
+        return Recipe(
+            function=functools.partial(generation.grow_cache, plan=self.plan, **sizes), inputs=(CACHE,), outputs=CACHE
+        )
 
     @_once
     def score(self) -> Recipe:

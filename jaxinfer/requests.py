@@ -78,7 +78,8 @@ class Request:
     """One sequence from prompt to result. `push` takes new tokens in order and says what became final.
 
     params: of this sequence, see `for_model`. limit: new tokens at most. stop_tokens: that end it. asked: what the user asked for, where
-    this is one of several samples. prompt_logprobs: to be set by whoever read the prompt, where asked for.
+    this is one of several samples. source: the request that this is a sample of; those of one may share what was read. held: kept for as
+    long as the request is there. prompt_logprobs: to be set by whoever read the prompt, where asked for.
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class Request:
         stop_tokens: tuple[int, ...],
         tokenizer: Tokenizer | None,
         asked: SamplingParams | None = None,
+        source: "Request | None" = None,
+        held: object = None,
     ):
         self.prompt, self.params, self.limit, self.stop_tokens = prompt, params, limit, stop_tokens
-        self.tokenizer, self.asked = tokenizer, asked or params
+        self.tokenizer, self.asked, self.source, self.held = tokenizer, asked or params, source, held
         self.token_ids: list[int] = []
         self.finish_reason: str | None = None
         self.prompt_logprobs: list[TokenLogprob | None] | None = None
@@ -174,6 +177,8 @@ def expand(request: Request) -> list[Request]:
             stop_tokens=request.stop_tokens,
             tokenizer=request.tokenizer,
             asked=params,
+            source=request,
+            held=request.held,
         )
         for i in range(params.samples)
     ]

@@ -10,8 +10,11 @@ A token is chosen from the model's logits through these, in the order of transfo
 What no row asks for is not computed. Log-probabilities are of the model's logits as they are, before all of these.
 """
 
+import collections
 import dataclasses
+import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 
 import jax
@@ -37,7 +40,7 @@ from pallas_kernels.sampling import (
 from sharding.context import ParallelContext
 
 MAX_STOP_TOKENS = 16  # per request, the model's own end tokens included
-MAX_PROCESSORS = 32  # functions that one engine meets
+MAX_PROCESSORS = 32  # functions that an engine remembers, besides those of requests that are there
 
 type NumberedProcessors = tuple[tuple[int, LogitsProcessor], ...]  # static: the functions that a program holds
 
@@ -86,7 +89,8 @@ class SamplingArrays:
     """SamplingParams of B sequences.
 
     temperature, top_p, min_p: float32 [B]. top_k, limit (new tokens at most), min_tokens: int32 [B]. seed: uint32 [B]. stop_tokens: int32
-    [B, MAX_STOP_TOKENS], -1 where unused. wants_logprobs: bool [B]. edited: bool [B], whether any of `edits` is in use.
+    [B, MAX_STOP_TOKENS], -1 where unused. wants_logprobs: bool [B]. edited: bool [B], whether any of `edits` is in use. said: int32 [B],
+    tokens at the end of the prompt that are text already, of a sequence that is read again.
     """
 
     temperature: jax.Array
@@ -99,6 +103,7 @@ class SamplingArrays:
     min_tokens: jax.Array
     wants_logprobs: jax.Array
     edited: jax.Array
+    said: jax.Array
     edits: EditArrays
 
     @classmethod
@@ -115,6 +120,7 @@ class SamplingArrays:
             min_tokens=xp.zeros(shape, np.int32),
             wants_logprobs=xp.zeros(shape, bool),
             edited=xp.zeros(shape, bool),
+            said=xp.zeros(shape, np.int32),
             edits=EditArrays.zeros(shape, xp),
         )
 
@@ -126,11 +132,14 @@ class SamplingArrays:
         stop_tokens: Sequence[Sequence[int]],
         rows: int,
         processors: "Processors | None" = None,
+        *,
+        said: Sequence[int] = (),
     ) -> "SamplingArrays":
         """The arrays of some requests, padded to `rows` with unused ones.
 
-        processors: numbers of the functions; needed where a request has one. Raises SamplingParamsError for bad words that are strings
-        (`jaxinfer.requests.for_model` makes them token ids) and for a function without a number.
+        processors: numbers of the functions; needed where a request has one. said: see there, 0 by default. Raises
+        SamplingParamsError for bad words that are strings (`jaxinfer.requests.for_model` makes them token ids) and for a function without
+        a number.
         """
         out = cls.zeros((rows,), np)
         for i, (p, limit, stops) in enumerate(zip(params, limits, stop_tokens, strict=True)):
@@ -139,6 +148,7 @@ class SamplingArrays:
             out.stop_tokens[i, : len(stops)] = stops
             out.min_tokens[i] = p.min_tokens
             out.edited[i] = _set_edits(out.edits, i, p, processors)
+        out.said[: len(said)] = said
         return out
 
 
@@ -161,31 +171,43 @@ def _set_edits(edits: EditArrays, row: int, p: SamplingParams, processors: "Proc
     return bool(penalties or p.no_repeat_ngram_size or p.logit_bias or p.bad_words or p.logits_processor)
 
 
-class Processors:
-    """The users' own logits processors that an engine has met, numbered from 1.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Numbered:
+    """A user's own logits processor under the number that it has for as long as somebody holds this."""
 
-    A program holds those that its sequences use, under their numbers: the same functions are the same program. May be used by several
-    threads.
+    number: int
+    function: LogitsProcessor
+
+
+class Processors:
+    """The users' own logits processors that an engine knows, numbered from 1.
+
+    A program holds those that its sequences use, under their numbers: the same functions are the same program. Those that were asked for
+    last are remembered, and those that requests hold; another one has a new number when it comes again, and is compiled again. May be used
+    by several threads.
     """
 
     def __init__(self, vocab: int):
-        self._vocab, self._known, self._lock = vocab, dict[LogitsProcessor, int](), threading.Lock()
+        self._vocab, self._lock, self._numbers = vocab, threading.Lock(), itertools.count(1)
+        self._known: weakref.WeakValueDictionary[LogitsProcessor, Numbered] = weakref.WeakValueDictionary()
+        self._recent: collections.OrderedDict[int, Numbered] = collections.OrderedDict()
+
+    def hold(self, function: LogitsProcessor) -> Numbered:
+        """A function with its number. A new one is traced without being compiled. Raises SamplingParamsError where that fails."""
+        with self._lock:
+            held = self._known.get(function)
+            if held is None:
+                self._check(function)
+                held = self._known[function] = Numbered(next(self._numbers), function)
+            self._recent[held.number] = held
+            self._recent.move_to_end(held.number)
+            while len(self._recent) > MAX_PROCESSORS:
+                self._recent.popitem(last=False)
+            return held
 
     def number(self, function: LogitsProcessor | None) -> int:
-        """Of a function, 0 for None. A new one is traced without being compiled. Raises SamplingParamsError where that fails, or where
-        there are too many."""
-        if function is None:
-            return 0
-        with self._lock:
-            if function not in self._known:
-                if len(self._known) == MAX_PROCESSORS:
-                    raise SamplingParamsError(
-                        f"{len(self._known) + 1} different logits processors; an engine takes {MAX_PROCESSORS}, and each is compiled: keep "
-                        "a function and pass the same one again, with what differs between requests in logit_bias"
-                    )
-                self._check(function)
-                self._known[function] = len(self._known) + 1
-            return self._known[function]
+        """Of a function, 0 for None; see `hold`."""
+        return 0 if function is None else self.hold(function).number
 
     def used(self, functions: Iterable[LogitsProcessor | None]) -> NumberedProcessors:
         """What a program needs for sequences that ask for these functions."""

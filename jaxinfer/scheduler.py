@@ -253,7 +253,9 @@ class Scheduler:
                 self._leave(slot, ended=emission.ended)
                 continue
             if delta.result is not None:
-                self._leave(slot, ended=emission.ended)  # it has not where a stop string, which the device does not know, was found
+                self._leave(
+                    slot, ended=emission.ended
+                )  # it has not where a stop string, which the device does not know, was found
             if delta.result is not None or ticket.every is not None:
                 ticket.give(delta)
 

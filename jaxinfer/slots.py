@@ -6,7 +6,7 @@ two tokens or one and a half of it, and one decode program serves every number o
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import jax
@@ -97,8 +97,19 @@ class Slots:
         elif batch > self.batch or tokens > self.tokens:
             # to the whole width at once: who comes while others run is seldom the last one, and every size is a program
             batch, tokens = most if batch > self.batch else self.batch, max(tokens, self.tokens)
-            self.state = self._run(self.programs.grow(batch, tokens), self.state)
-            self.batch, self.tokens = batch, tokens
+            self._grow(batch, tokens)
+
+    def _grow(self, batch: int, tokens: int) -> None:
+        """Each layer's old cache goes before the next one's new cache comes: the plan has room for one of them beside the state."""
+        assert self.state is not None  # something runs
+        caches, rest = list(self.state.caches), dataclasses.replace(self.state, caches=())
+        self.state = None
+        grow = self.programs.grow_cache(batch, tokens)
+        for i in range(len(caches)):
+            caches[i] = jax.block_until_ready(self._run(grow, caches[i]))
+        rest = self._run(self.programs.grow(batch, tokens), rest)
+        self.state = dataclasses.replace(rest, caches=tuple(caches))
+        self.batch, self.tokens = batch, tokens
 
     def free_slots(self, taken: Sequence[Slot]) -> list[Slot]:
         M, used = self.plan.context.stages, set(taken)
@@ -106,50 +117,75 @@ class Slots:
         return [slot for slot in every if slot not in used]
 
     def group(self, waiting: Sequence[Request], slots: Sequence[Slot]) -> int:
-        """Neighbours in the queue whose prompts are padded to the same size, as many as memory holds; or one at a time where the batch must
-        not matter."""
+        """Neighbours in the queue whose prompts are padded to the same size, as many as memory holds, where samples of one request are read
+        once; or one at a time where the batch must not matter."""
         if self.config.batch_invariant:
             return 1
         widths = [self.prompt_bucket(len(r.prompt)) for r in waiting[: len(slots)]]
         alike = next((i for i, width in enumerate(widths) if width != widths[0]), len(widths))
-        return min(alike, self._data * self.memory.prefill_rows(widths[0])) if self.memory else alike
+        most = self._data * self.memory.prefill_rows(widths[0]) if self.memory else alike
+        read = [i if request.source is None else request.source for i, request in enumerate(waiting[:alike])]
+        return next((i for i in range(most, alike) if len(set(read[: i + 1])) > most), alike)
 
     def prompt_bucket(self, tokens: int) -> int:
         return bucket(tokens, SMALLEST_BUCKET, self.config.inference_max_tokens)
 
     def enter(self, requests: Mapping[Slot, Request]) -> Mapping[Slot, Emission]:
-        by_shard: list[list[Slot]] = [[s for s in requests if s.shard == d] for d in range(self._data)]
-        rows = bucket(max(map(len, by_shard)), 1, 1 << 30)  # of each shard
-        place = {slot: d * rows + i for d, own in enumerate(by_shard) for i, slot in enumerate(own)}
-        tokens, lengths = padded({place[s]: r.prompt for s, r in requests.items()}, rows * self._data, self.prompt_bucket)
-        numbers = np.full((rows * self._data,), -1, np.int32)
-        by_row: list[Request | None] = [None] * (rows * self._data)
+        return self._read(requests, {slot: request.prompt for slot, request in requests.items()})
+
+    def _read(self, requests: Mapping[Slot, Request], ids: Mapping[Slot, Sequence[int]]) -> dict[Slot, Emission]:
+        """Read prompts, with the text that they have so far, into slots and choose a token for each."""
+        place, rows = self._rows({slot: slot for slot in requests})
+        row, width = self._rows({slot: request.source or slot for slot, request in requests.items()})
+        shared = width < rows
+        row, width = (row, width) if shared else (place, rows)
+        tokens, lengths = padded({row[slot]: ids[slot] for slot in requests}, width * self._data, self.prompt_bucket)
+        numbers, continues = np.full((rows * self._data,), -1, np.int32), np.zeros((rows * self._data,), np.int32)
+        by_row: list[tuple[Request, int] | None] = [None] * (rows * self._data)
         for slot, request in requests.items():
-            numbers[place[slot]], by_row[place[slot]] = self._number(slot), request
+            numbers[place[slot]], continues[place[slot]] = self._number(slot), row[slot] % width
+            by_row[place[slot]] = request, len(ids[slot]) - len(request.prompt)
         sampling = SamplingArrays.of(
-            [r.params if r else SamplingParams() for r in by_row],
-            [r.limit if r else 0 for r in by_row],
-            [r.stop_tokens if r else () for r in by_row],
+            [r[0].params if r else SamplingParams() for r in by_row],
+            [self._limit(*r) if r else 0 for r in by_row],
+            [r[0].stop_tokens if r else () for r in by_row],
             len(by_row),
             self.processors,
+            said=[r[1] if r else 0 for r in by_row],
         )
-        prompts = self._alternatives(r.params.prompt_logprobs for r in requests.values())
-        read = self.programs.prefill(self._top(requests.values()), prompts, self._used(requests.values()))
-        prefix = self._run(read, self._params(), tokens, lengths, sampling)
+        prompts = self._alternatives(r.params.prompt_logprobs for r in requests.values() if not r.token_ids)
+        read = self.programs.prefill(self._top(requests.values()), prompts, self._used(requests.values()), shared)
+        prefix = self._run(read, self._params(), tokens, lengths, sampling, *([continues] if shared else []))
         self.state = self._run(self.programs.insert(), dataclasses.replace(prefix, prompt=None), self.state, numbers)
         first, prompt = self._get((prefix.first, prefix.prompt))
         out = {}
         for slot, request in requests.items():
-            row = place[slot]
-            choice = jax.tree.map(lambda a, row=row: a[row : row + 1], first)
-            ended = request.limit <= 1 or int(choice.token[0]) in request.stop_tokens
+            at = place[slot]
+            choice = jax.tree.map(lambda a, at=at: a[at : at + 1], first)
+            said = len(ids[slot]) - len(request.prompt) + 1
+            ended = request.limit <= said or int(choice.token[0]) in request.stop_tokens
             logprobs = token_logprobs(choice, request.params.logprobs)
             out[slot] = Emission(tokens=choice.token.tolist(), logprobs=logprobs, ended=ended)
-            if request.params.prompt_logprobs is not None:
-                own = jax.tree.map(lambda a, row=row: a[row], prompt)
+            if request.params.prompt_logprobs is not None and said == 1:
+                own = jax.tree.map(lambda a, at=row[slot]: a[at], prompt)
                 reported = token_logprobs(own, request.params.prompt_logprobs)
                 request.prompt_logprobs = [None, *reported[1 : len(request.prompt)]]
         return out
+
+    def _rows(self, key_of: Mapping[Slot, Hashable]) -> tuple[dict[Slot, int], int]:
+        """(the row of each slot in arrays [data shards * rows], rows): one for each key in the slot's data shard."""
+        by_shard = [dict[Hashable, int]() for _ in range(self._data)]
+        local = {slot: by_shard[slot.shard].setdefault(key, len(by_shard[slot.shard])) for slot, key in key_of.items()}
+        rows = bucket(max(map(len, by_shard)), 1, 1 << 30)
+        return {slot: slot.shard * rows + row for slot, row in local.items()}, rows
+
+    def _limit(self, request: Request, said: int) -> int:
+        """Tokens of its text after which a sequence with `said` of them is over, or must be read again."""
+        rope = self.plan.config.attention.rope
+        if rope is None or not rope.read_again:
+            return request.limit
+        crossing = rope.original_positions + 1 - len(request.prompt)
+        return min(request.limit, crossing) if said < crossing else request.limit
 
     def decode(self, running: Mapping[Slot, Request], steps: int) -> Mapping[Slot, Emission]:
         run = self.programs.decode(self._top(running.values()), self._used(running.values()))
@@ -159,9 +195,12 @@ class Slots:
         for slot, request in running.items():
             m, b = slot.micro_batch, slot.shard * self.batch + slot.row
             choices = jax.tree.map(lambda a, m=m, b=b: a[m, b, : emitted.counts[m, b]], emitted.choices)
-            ended = bool(emitted.done[m, b])
-            logprobs = token_logprobs(choices, request.params.logprobs)
-            out[slot] = Emission(tokens=choices.token.tolist(), logprobs=logprobs, ended=ended)
+            tokens, logprobs = choices.token.tolist(), token_logprobs(choices, request.params.logprobs)
+            out[slot] = Emission(tokens=tokens, logprobs=logprobs, ended=bool(emitted.done[m, b]))
+            text = request.token_ids + tokens
+            if out[slot].ended and text[-1] not in request.stop_tokens and len(text) < request.limit:
+                more = self._read({slot: request}, {slot: request.prompt + text})[slot]
+                out[slot] = Emission(tokens=tokens + more.tokens, logprobs=logprobs + more.logprobs, ended=more.ended)
         return out
 
     def free(self, slot: Slot) -> None:

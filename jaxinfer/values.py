@@ -9,7 +9,7 @@ import numpy as np
 from jaxinfer.errors import ConfigError
 
 DTYPES = ("float32", "bfloat16", "float16")
-CACHE_DTYPES = (*DTYPES, "int8")
+CACHE_DTYPES = (*DTYPES, "int8", "fp8", "int4")
 ALIASES = {
     "fp32": "float32",
     "float": "float32",

@@ -18,7 +18,16 @@ GOLDEN = Path(__file__).parent / "golden"
 
 # Small embeddings and small contributions to the residual keep its mean square near 1e-3, so that rms_norm_eps shows
 # in the logits; q and k are larger than usual, so that attention is far from uniform and every rotary angle shows.
-_GAINS = {"q_proj": 1.6, "k_proj": 1.6, "o_proj": 0.05, "down_proj": 0.08, "qkv_proj": 1.6, "c_attn": 1.6, "c_proj": 0.4}
+_GAINS = {
+    "q_proj": 1.6,
+    "k_proj": 1.6,
+    "o_proj": 0.05,
+    "down_proj": 0.08,
+    "qkv_proj": 1.6,
+    "c_attn": 1.6,
+    "c_proj": 0.4,
+    "w2": 0.08,
+}
 _BIASES = {"c_proj": 0.02, "ln_f": 0.05}  # larger ones would be all that a GPT-2 says, whatever it is given
 _TRANSPOSED = ("c_attn", "c_proj", "c_fc")  # stored as [inputs, outputs]
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Container
 
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
+COLLECTIVES += ("ragged-all-to-all",)
 _COPY = re.compile(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(")
 
 

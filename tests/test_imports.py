@@ -24,6 +24,7 @@ ARRAYS_ONLY = {"jax", "jaxlib", "jaxtyping", "ml_dtypes", "numpy"}
 ROWS = [
     {
         "bandwidth",
+        "code_digest",
         "compilation",
         "config",
         "config_schema",
@@ -37,12 +38,12 @@ ROWS = [
     {"models", "cache", "sampling", "text", "chat", "disguise", "sandbox", "detokenize", "tokenizing"},
     {"placement"},
     {"quantization"},
-    {"generation", "loading", "memory", "requests", "stages"},
+    {"generation", "loading", "memory", "replacing", "requests", "stages"},
     {"programs", "scheduler"},
     {"slots"},
     {"ahead"},
     {"engine", "executables"},
-    {"api", "measuring", "planning", "profiling", "quantizing"},
+    {"api", "measuring", "planning", "profiling", "quantizing", "tuning"},
     {"cli", "server", "__main__"},
 ]
 ROW_OF = {part: row for row, parts in enumerate(ROWS) for part in parts}

@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from jaxinfer.cli import bench, chat, compile, convert, generate, info, launch, profile, quantize, score
+from jaxinfer.cli import bench, chat, compile, convert, generate, info, launch, profile, quantize, score, tune
 from jaxinfer.cli.output import note, paint
 from jaxinfer.errors import EXPECTED
 from sharding import distributed
 
-COMMANDS = (generate, chat, score, convert, quantize, compile, info, bench, profile, launch)
+COMMANDS = (generate, chat, score, convert, quantize, compile, info, bench, profile, tune, launch)
 INTERRUPTED, BROKEN_PIPE = 130, 141  # 128 + the number of the signal, as a shell reports it
 
 

@@ -1,6 +1,7 @@
 """`jaxinfer bench`: how fast prefill and decode are on this machine, and how near to what its memory gives.
 
---json gives an object of this layout; a change of it raises "format_version". A spread is {"median", "min", "max", "count"}.
+--json gives an object of this layout; a change of it raises "format_version". A spread is {"median", "min", "max", "count"}. --start
+has another one, see jaxinfer.cli.start_up.
 
     format_version      1
     source, platform, device_kind, devices, processor, cores, versions {name: version}, mesh {axis: size}
@@ -21,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from jaxinfer.cli import start_up
 from jaxinfer.cli.options import SOURCE_HELP, add_engine, engine_config, load_engine, start, token_ids
 from jaxinfer.cli.output import format_bytes, paint, print_fields, print_json, short_name, work
 
@@ -37,7 +39,8 @@ memory bandwidth that the same process measures.""",
         epilog="""examples:
   jaxinfer bench demo
   jaxinfer bench model-int8 --batch 1,8,32 --prompt-tokens 512,2048 --max-length 4096 --json
-  jaxinfer bench path/to/hf-folder --dtype bfloat16 --tp 2 --without-layers""",
+  jaxinfer bench path/to/hf-folder --dtype bfloat16 --tp 2 --without-layers
+  jaxinfer bench demo --start --repetitions 3""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -49,6 +52,10 @@ memory bandwidth that the same process measures.""",
     parser.add_argument("--tokens", metavar="N", type=int, default=32, help="tokens of a repetition of decode (32)")
     parser.add_argument("--repetitions", metavar="N", type=int, default=5, help="of each measurement (5)")
     parser.add_argument("--without-layers", action="store_true", help="leave out the half layers alone")
+    parser.add_argument(
+        "--start", action="store_true", help="instead: how long fresh processes, and a second engine, take to their first token"
+    )
+    parser.add_argument("--start-once", action="store_true", help=argparse.SUPPRESS)  # one of these processes
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_engine(parser)
     parser.set_defaults(run=run, parser=parser)
@@ -59,12 +66,14 @@ def run(args: argparse.Namespace) -> int:
         values = getattr(args, name)
         if not values or min(values if isinstance(values, list) else [values]) < 1:
             args.parser.error(f"--{name.replace('_', '-')} needs numbers of at least 1")
+    if args.start or args.start_once:
+        return start_up.once(args) if args.start_once else start_up.run(args)
     start(args)
     import dataclasses
 
     config = engine_config(args)
     if args.micro_batch_size is None:
-        shards = config.engine.pipeline_parallel_size * config.engine.data_parallel_size
+        shards = config.engine.pipeline_parallel_size * config.engine.data_parallel_size * config.engine.expert_parallel_size
         config = dataclasses.replace(config, micro_batch_size=max(1, *(-(-n // shards) for n in args.batch)))
     engine = load_engine(args.source, config)
     with work(f"measuring {short_name(args.source)}", f"measured {short_name(args.source)}") as progress:

@@ -47,6 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from convert.native import save_native
     from jaxinfer.config import QuantizationConfig
     from jaxinfer.loading import open_source
+    from jaxinfer.quantization import attending
 
     start = time.perf_counter()
     quantization = QuantizationConfig.parse(args.quantize) if args.quantize else None
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         tensors = opened.stored_as(dtype=args.dtype, quantization=quantization)
         save_native(
             args.destination,
-            config=opened.config.to_dict(),
+            config=attending(opened.config, quantization).to_dict(),
             tensors=tensors,
             assets=opened.assets,
             progress=progress,
@@ -72,6 +73,8 @@ def _export(args: argparse.Namespace, quantization, start: float) -> int:
     from convert.readers import open_checkpoint
     from jaxinfer.loading import resolve
 
+    if quantization is not None and quantization.attention_bits == 8:
+        args.parser.error(f"--quantize {args.quantize}: {args.format} cannot say that attention multiplies integers")
     if args.dtype or args.overwrite:
         args.parser.error(
             f"--{'dtype' if args.dtype else 'overwrite'} is for the native form; leave it out with --format {args.format}"

@@ -8,7 +8,7 @@ from typing import Any
 from jaxinfer.cli.environment import start_jax
 from jaxinfer.cli.output import format_bytes, print_fields, print_json, short_name, work
 
-CACHE_DTYPES = ("float32", "bfloat16", "int8")
+CACHE_DTYPES = ("float32", "bfloat16", "int8", "fp8", "int4")
 
 
 def add_parser(commands) -> None:
@@ -70,11 +70,10 @@ def _form(tensor) -> str:
 
 
 def cache_bytes(config, dtype: str) -> int:
-    """Bytes of keys and values that a token takes in the whole model; int8 has a float32 scale per head."""
-    from convert.readers.base import dtype_named
+    """Bytes of keys and values that a token takes in the whole model, scales included."""
+    from pallas_kernels.layer_cache import token_bytes
 
-    a = config.attention
-    return config.layers * a.kv_heads * 2 * (a.head_dim * dtype_named(dtype).itemsize + (4 if dtype == "int8" else 0))
+    return config.layers * config.attention.kv_heads * token_bytes(dtype, config.attention.head_dim)
 
 
 def source_facts(source: str) -> dict[str, Any]:
@@ -113,7 +112,7 @@ def source_facts(source: str) -> dict[str, Any]:
 
 def _print_source(facts: dict[str, Any]) -> None:
     a = facts["architecture"]
-    attention, mlp = a["attention"], a["mlp"]
+    attention, mlp, moe = a["attention"], a["mlp"], a["moe"]
     tokenizer = facts["tokenizer"]
     lines = [f"{name}: {form['tensors']} tensors, {format_bytes(form['bytes'])}" for name, form in facts["stored"].items()]
     caches = [f"{dtype} {format_bytes(size)}" for dtype, size in facts["cache_bytes_per_token"].items()]
@@ -130,6 +129,7 @@ def _print_source(facts: dict[str, Any]) -> None:
             "attention": f"{attention['heads']} heads of {attention['head_dim']}, {attention['kv_heads']} for keys and values"
             + (f"; biases on {' and '.join(biases)}" if biases else ""),
             "mlp": f"width {mlp['width']}, {'gated ' if mlp['gated'] else ''}{mlp['activation']}{', biases' * mlp['bias']}",
+            **({"experts": _experts(moe, a["layers"])} if moe else {}),
             "rope": _rope(attention["rope"]),
             "context": f"{a['max_positions']} tokens",
             "vocabulary": f"{a['vocab']}, the head {'is the embedding' if a['tied'] else 'has weights of its own'}",
@@ -139,6 +139,11 @@ def _print_source(facts: dict[str, Any]) -> None:
             "cache": "a token takes " + ", ".join(caches),
         }
     )
+
+
+def _experts(moe: dict[str, Any], layers: int) -> str:
+    where = "every layer" if len(moe["layers"]) == layers else f"{len(moe['layers'])} of {layers} layers"
+    return f"{moe['experts']} of width {moe['width']} in {where}, {moe['used']} for a token"
 
 
 def _rope(rope: dict[str, Any]) -> str:

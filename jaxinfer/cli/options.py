@@ -153,6 +153,14 @@ ENGINE = (
         help="data parallelism: copies of the model that share the prompts",
     ),
     Option(
+        flag="--ep", target="engine.expert_parallel_size", metavar="N", kind=int,
+        help="expert parallelism: devices that share experts and prompts",
+    ),
+    Option(
+        flag="--int8-across-hosts", target="engine.int8_across_hosts", kind=bool,
+        help="sums of tensor shards cross hosts as INT8, which rounds them",
+    ),
+    Option(
         flag="--max-length", target="inference_max_tokens", metavar="N", kind=int,
         help="tokens of prompt and text together (inference_max_tokens)",
     ),
@@ -161,7 +169,7 @@ ENGINE = (
         help="sequences that are decoded together, at most; auto: as many as fit",
     ),
     Option(
-        flag="--kv-cache-dtype", target="kv_cache.dtype", choices=(*DTYPES, "int8"), help="by default that of the weights",
+        flag="--kv-cache-dtype", target="kv_cache.dtype", choices=(*DTYPES, "int8", "fp8", "int4"), help="by default that of the weights",
     ),
     Option(
         flag="--matmul-precision", target="matmul_precision", choices=MATMUL_PRECISIONS, help="of float32 on a GPU; highest by default",

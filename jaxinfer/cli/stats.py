@@ -97,7 +97,7 @@ def measure(
         load_seconds=load_seconds,
         compile_seconds=compile_seconds,
         first_token_seconds=first,
-        process_first_token_seconds=_process_age() - (time.perf_counter() - start) + first,
+        process_first_token_seconds=process_age() - (time.perf_counter() - start) + first,
         total=Phase(tokens=sum(n for _, n in lengths), seconds=seconds),
         prefill=prefill,
         decode=decode,
@@ -123,7 +123,7 @@ def _memory(engine) -> MemoryPlan:
     return MemoryPlan(weights=weights, cache=tokens * per_token, free=free_bytes(engine.mesh) + weights)
 
 
-def _process_age() -> float:
+def process_age() -> float:
     """Seconds since this process started."""
     with contextlib.suppress(OSError, AttributeError):  # Linux keeps it in hundredths, psutil's answer may be off by a second
         ticks = Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]

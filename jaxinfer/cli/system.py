@@ -43,7 +43,7 @@ _MODEL: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 96,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 128,  # whole groups of 64 inputs, as models have them
     "num_hidden_layers": 1,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,

@@ -8,6 +8,7 @@ import random
 import signal
 import threading
 import time
+import weakref
 
 import jax
 import numpy as np
@@ -17,8 +18,16 @@ from tiny_llama import GREEDY, NEW, PROMPTS, SAMPLED, tokens_of
 
 import jaxinfer
 from jaxinfer import SamplingParams
-from jaxinfer.errors import ConfigError, EngineStateError, MissingTensorError, PromptError, TensorShapeError
-from jaxinfer.placement import module_tensors
+from jaxinfer.errors import (
+    ConfigError,
+    EngineStateError,
+    MissingTensorError,
+    OutOfMemoryError,
+    PromptError,
+    TensorShapeError,
+)
+from jaxinfer.placement import _Placer, module_tensors
+from jaxinfer.programs import Program
 
 
 def idle(engine: jaxinfer.Engine) -> bool:
@@ -30,14 +39,29 @@ def idle(engine: jaxinfer.Engine) -> bool:
     return engine._scheduler.load == (0, 0) and (state is None or not np.asarray(state.active).any())
 
 
+def said(result: jaxinfer.GenerationResult) -> list[list[int]]:
+    return tokens_of([result, *result.alternatives])
+
+
 def storm(engine: jaxinfer.Engine, greedy, sampled, calls: int) -> None:
     """Many calls at once with mixed parameters, a third of them cancelled at random moments: the others get what they get alone."""
+    special = [
+        (PROMPTS[1], SamplingParams(max_tokens=9, temperature=1.0, seed=11, n=3)),
+        (PROMPTS[2], SamplingParams(max_tokens=NEW, repetition_penalty=1.4, logprobs=2, presence_penalty=0.5)),
+        (PROMPTS[3], SamplingParams(max_tokens=NEW, stop_token_ids=(greedy[3][4],), min_tokens=2)),
+        (PROMPTS[5], SamplingParams(max_tokens=5, temperature=1.2, seed=2, best_of=3, logit_bias={7: 4.0})),
+    ]
+    alone = [said(engine.generate(prompt, params)) for prompt, params in special]
 
     async def one(i: int, rng: random.Random) -> None:
         which = rng.randrange(len(PROMPTS))
         await asyncio.sleep(rng.random() * 0.2)
-        if rng.random() < 0.5:
+        kind = rng.random()
+        if kind < 0.4:
             assert (await engine.agenerate(PROMPTS[which], SAMPLED[which])).token_ids == sampled[which]
+        elif kind < 0.6:
+            which %= len(special)
+            assert said(await engine.agenerate(*special[which])) == alone[which]
         else:
             tokens: list[int] = []
             async for delta in engine.astream(PROMPTS[which], GREEDY, every=rng.choice([1, 4])):
@@ -138,6 +162,39 @@ def test_other_weights(tiny, tiny_decoder, compiled, greedy) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}], ids=str)
+def test_other_weights_where_memory_is_short(tiny, tiny_decoder, greedy, monkeypatch, sizes) -> None:
+    """No second copy: a layer goes before the next one comes. What fails half way leaves a closed engine."""
+    engine = jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 64, "micro_batch_size": 4, "engine": sizes})
+    assert engine.generate(PROMPTS[1], GREEDY).token_ids == greedy[1]
+    monkeypatch.setattr("jaxinfer.engine.free_bytes", lambda mesh: 1000)
+    old = [weakref.ref(layer.mlp.down) for layer in engine.params.layers]
+    alive: list[int] = []
+
+    def slot(self, number: int, run=_Placer._slot):
+        alive.append(sum(ref() is not None for ref in old))
+        return run(self, number)
+
+    monkeypatch.setattr(_Placer, "_slot", slot)
+    _, state = nnx.split(tiny_decoder, nnx.Param)
+    turned = jax.tree.map(lambda a: a[::-1] if a.shape[0] == 97 else a, state)
+    engine.update_params(turned)
+    slots = engine.plan.slots
+    assert alive == [slots] * slots + [*range(slots, 0, -1)]  # looked at first, then replaced
+    assert engine.generate([96 - t for t in PROMPTS[1]], GREEDY).token_ids == [96 - t for t in greedy[1]]
+    engine.update_params(tiny_decoder)
+    assert engine.generate(PROMPTS[1], GREEDY).token_ids == greedy[1]
+
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
+
+    monkeypatch.setattr(_Placer, "_put", full)
+    with pytest.raises(OutOfMemoryError, match="allocating 5 bytes"):
+        engine.update_params(turned)
+    with pytest.raises(EngineStateError, match="closed"):
+        engine.generate(PROMPTS[1], GREEDY)
+
+
 def test_close_ends_what_runs(tiny) -> None:
     engine = jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 4096, "micro_batch_size": 2})
     stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=4000))
@@ -156,14 +213,26 @@ def test_close_ends_what_runs(tiny) -> None:
 
 
 @pytest.mark.parametrize("pp", [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_growing_while_others_run(make_engine, greedy, pp: int) -> None:
-    """A stream goes on undisturbed while the state grows under it, in rows and in tokens."""
+def test_growing_while_others_run(make_engine, greedy, monkeypatch, pp: int) -> None:
+    """A stream goes on undisturbed while the state grows under it, in rows and in tokens; no two caches of all layers are there."""
     engine = make_engine(inference_max_tokens=512, pp=pp)
     engine.generate(PROMPTS[1], SamplingParams(max_tokens=2))
     assert (engine._slots.batch, engine._slots.tokens) == (1, 128)
     stream = engine.stream(PROMPTS[0], SamplingParams(max_tokens=100))
     tokens = next(stream).token_ids
+    old: list[weakref.ref] = []
+    left: list[int] = []
+
+    def call(self, *arguments, run=Program.__call__):
+        if self.name == "grow_cache":
+            left.append(sum(ref() is not None for ref in old))
+        return run(self, *arguments)
+
+    monkeypatch.setattr(Program, "__call__", call)
+    with engine._scheduler.paused():
+        old += [weakref.ref(cache.k) for cache in engine._slots.state.caches]
     results = engine.generate([PROMPTS[i % 7] for i in range(4 * pp)], SamplingParams(max_tokens=200))
+    assert left == [*range(len(old), 0, -1)]
     assert (engine._slots.batch, engine._slots.tokens) == (4, 256)
     tokens += [token for delta in stream for token in delta.token_ids]
     assert tokens == results[0].token_ids[:100] and tokens[:NEW] == greedy[0]

@@ -19,7 +19,7 @@ import jaxinfer
 from jaxinfer import cli
 from jaxinfer.cli import environment, output
 from jaxinfer.cli.info import stored_forms
-from jaxinfer.cli.stats import _process_age, _weight_bytes
+from jaxinfer.cli.stats import _weight_bytes, process_age
 from jaxinfer.loading import open_source
 from jaxinfer.requests import GenerationResult, Timings, TokenLogprob
 
@@ -242,7 +242,7 @@ def test_an_embedding_table_counts_as_read_only_where_it_is_the_head(case, tied,
 
 
 def test_process_age():
-    assert 0 < _process_age() < 24 * 3600
+    assert 0 < process_age() < 24 * 3600
 
 
 # --- convert and info
@@ -292,6 +292,8 @@ def test_info(run, folder, spoken):
         "float32": heads * size * 4,
         "bfloat16": heads * size * 2,
         "int8": heads * (size + 4),
+        "fp8": heads * (size + 4),
+        "int4": heads * (size + -(-size // 8) + 4) // 2,
     }
     status, out, err = run("info", spoken)
     assert (status, err) == (0, "") and "\033" not in out

@@ -106,3 +106,18 @@ def test_spread() -> None:
     assert spread.each(lambda s: 1 / s).to_dict() == {"median": 0.5, "min": 0.25, "max": 1.0, "count": 3}
     calls: list[int] = []
     assert timed(lambda: calls.append(1), 3).count == 3 and len(calls) == 4
+
+
+@pytest.mark.slow
+def test_start(folder, capfd) -> None:
+    """Fresh processes, and a second engine in each that makes no program. What is wrong with the source is said once."""
+    assert cli.main(["bench", folder, "--start", "--repetitions", "2", "--json", "--max-length", "64"]) == 0
+    facts = json.loads(capfd.readouterr().out)
+    for name in ("first_token_seconds", "load_seconds", "second_engine_seconds"):
+        check_spread(facts[name])
+    assert facts["source"] == folder and facts["second_engine_programs"] == 0
+    assert facts["second_engine_seconds"]["median"] < facts["first_token_seconds"]["median"]
+    assert facts["load_seconds"]["median"] < facts["first_token_seconds"]["median"]
+    assert cli.main(["bench", f"{folder}/none.gguf", "--start"]) == 1
+    said = capfd.readouterr()
+    assert said.out == "" and said.err.count("error:") == 1 and "neither a path that exists" in said.err

@@ -8,6 +8,7 @@ import pytest
 from jaxinfer import cli
 from jaxinfer.cli import system
 from pallas_kernels import registry
+from pallas_kernels.cpu import library
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +43,10 @@ def test_every_operation_tells_what_is_used(facts):
     assert set(operations["quant_matmul"]["used"]) == set(system.FORMS)
     assert set(operations["quantize_activations"]["used"]) <= {"w8a8"}
     assert operations["layer_norm"]["used"] == {}, "a Llama has none"
+    if not isinstance(library.load(), str):  # as in a model of usual sizes
+        assert (
+            operations["mlp_block"]["used"] == operations["quant_matmul"]["used"] == {form: ["native"] for form in system.FORMS}
+        )
 
 
 def test_what_is_not_used_says_why(monkeypatch):

@@ -93,6 +93,9 @@ def test_auto_bits_fit_the_budget(run, tmp_path: Path) -> None:
     kinds = {str(t.packed.format if t.packed else t.dtype) for path, t in tensors.items() if len(t.shape) == 2}
     assert 0.9 * 110_000 < size <= 110_000 and len(kinds) > 1
     assert not any(t.packed.zeros for t in tensors.values() if t.packed)
+    status, out, _ = run(tmp_path / "near", "--bits", "auto", "--budget", "+2%", "--forms", forms, "--method", "rtn", "--json")
+    costs = [choice["cost"] for choice in json.loads(out)["choices"].values()]
+    assert status == 0 and 0.005 < sum(costs) <= np.log(1.02)
     status, _, err = run(tmp_path / "bad", "--bits", "auto", "--budget", "110k", "--forms", "w3a16")
     assert status == 1 and "'w3a16' is not understood" in err
     status, _, err = run(tmp_path / "less", "--bits", "auto", "--budget", "10k", "--method", "rtn")
@@ -102,7 +105,7 @@ def test_auto_bits_fit_the_budget(run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--bits", "5"], "weight_bits is 5; choose 8 or 4"),
+        (["--bits", "5"], "weight_bits is 5; choose one of 8, 4"),
         (["--bits", "four"], "--bits is 'four'"),
         (["--group-size", "48"], "group_size is 48"),
         (["--group-size", "128"], "groups of 128 do not divide its 64 inputs"),
@@ -110,6 +113,9 @@ def test_auto_bits_fit_the_budget(run, tmp_path: Path) -> None:
         (["--sequence-length", "1000"], "the model was made for 128"),
         (["--rule", "nothing=int8"], "'nothing' of the quantisation matches no matrix"),
         (["--rule", "int8"], "is not PATTERN=FORM"),
+        (["--weight-format", "fp8", "--bits", "4"], "weight_format is 'fp8', which has 8 bits"),
+        (["--bits", "16"], "--bits is '16'; give 4, 8 or auto"),
+        (["--bits", "auto", "--budget", "+0%"], "the loss is 0.0"),
         (["--rule", "*.q=nf4"], "nf4 is rounded to the nearest only"),
         (["--damping", "0"], "damping is 0"),
         (["--format", "gguf", "--bits", "8", "--group-size", "0"], "give a group size"),

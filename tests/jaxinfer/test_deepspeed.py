@@ -183,7 +183,7 @@ def test_mapped(values: dict[str, Any], fields: dict[str, Any]) -> None:
         ({"min_tokens": 0}, ["min_tokens is 0", "at least 1"]),
         ({"quant": {"weight": {"q_type": "asym"}}}, ["symmetric is False", "weight_bits 4"]),
         ({"quant": {"weight": {"q_type": "even"}}}, ["quant.weight.q_type", "'even'", "symmetric or asymmetric"]),
-        ({"quant": {"weight": {"num_bits": 3}}}, ["weight_bits is 3", "8 or 4"]),
+        ({"quant": {"weight": {"num_bits": 3}}}, ["weight_bits is 3", "8, 4, 16, 32"]),
         ({"quant": {"activation": {"enabled": 1}}}, ["quant.activation.enabled", "1", "True or False"]),
         ({"quant": (True, 8)}, ["quant is (True, 8)", "give a dict of enabled, activation, weight, qkv"]),
         ({"tp": 2}, ["tp is 2", "give a dict of enabled, tp_size"]),

@@ -311,16 +311,41 @@ def test_a_stop_string_ends_the_work(talking, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dtype", "tolerance"), [("bfloat16", 0.03), ("int8", 0.06), pytest.param("float16", 0.004, marks=pytest.mark.slow)]
+    ("dtype", "tolerance"),
+    [
+        ("bfloat16", 0.03),
+        ("int8", 0.06),
+        ("int4", 0.4),
+        pytest.param("fp8", 0.2, marks=pytest.mark.slow),
+        pytest.param("float16", 0.004, marks=pytest.mark.slow),
+    ],
 )
 def test_cache_of_fewer_bits(make_engine, logits_of, dtype: str, tolerance: float) -> None:
     """What was chosen is at most a little worse than the best in float32."""
     engine = make_engine(kv_cache={"dtype": dtype}, micro_batch_size=1)
     state = engine.init_state(1)
-    assert state.caches[0].k.dtype == jnp.dtype(dtype) and (state.caches[0].k_scale is not None) == (dtype == "int8")
+    assert state.caches[0].format == dtype and (state.caches[0].k_scale is not None) == (dtype in ("int8", "fp8", "int4"))
     result = engine.generate(PROMPTS[2], SamplingParams(max_tokens=NEW, logprobs=0))
     expected = log_softmax(step_logits(logits_of, PROMPTS[2], result.token_ids))
     assert result.logprobs is not None
     found = np.array([entry.logprob for entry in result.logprobs])
     distance = np.abs(found - expected[np.arange(NEW), result.token_ids])
     assert 0 < distance.max() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tp", "pp"),
+    [
+        ("int4", 2, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("int4", 3, 1), ("int4", 1, 2), ("fp8", 2, 2)]),
+    ],
+)
+def test_a_cache_of_fewer_bits_is_the_same_on_every_mesh(make_engine, dtype: str, tp: int, pp: int) -> None:
+    """Slots that are used again, longer texts than a group of int4 keys, prompts that end within one; alone, in batches and on meshes."""
+    prompts = [list(PROMPTS[i]) * n for i, n in ((1, 1), (2, 7), (0, 1), (3, 4), (2, 1), (5, 3), (1, 9))]
+    prompts = [prompt[:40] for prompt in prompts]
+    keys = {"kv_cache": {"dtype": dtype}, "inference_max_tokens": 90}
+    params = SamplingParams(max_tokens=45, ignore_eos=True)
+    alone = make_engine(micro_batch_size=1, **keys)
+    expected = [alone.generate(prompt, params).token_ids for prompt in prompts]
+    assert tokens_of(make_engine(tp=tp, pp=pp, micro_batch_size=2, **keys).generate(prompts, params)) == expected

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pickle
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from tiny_llama import TinyModel, check, tokens_of
@@ -18,6 +20,7 @@ from tiny_llama import TinyModel, check, tokens_of
 import jaxinfer
 from jaxinfer import SamplingParams, cli, executables, programs
 from jaxinfer.errors import ExecutablesError
+from pallas_kernels import registry
 
 ROOT = Path(__file__).parents[2]
 PROMPTS = [[5, 17, 3, 88], [60]]
@@ -123,7 +126,7 @@ def test_what_is_written(compiled_model, user) -> None:
     folders = sorted(path.name for path in (compiled_model / "executables").iterdir())
     assert len(folders) == 2 and folders[0].startswith("cpu-single-") and folders[1].startswith("cpu-tensor2-")
     manifest = json.loads((compiled_model / "executables" / folders[1] / "executables.json").read_text())
-    assert manifest["identity"]["mesh"] == {"data": 1, "stage": 1, "tensor_hosts": 1, "tensor": 2}
+    assert manifest["identity"]["mesh"] == {"data": 1, "stage": 1, "expert": 1, "tensor_hosts": 1, "tensor": 2}
     assert {entry["name"] for entry in manifest["programs"]} == {"state", "prefill", "insert", "decode", "free"}
     key = user / "jaxinfer" / "executables.key"
     assert key.stat().st_mode & 0o777 == 0o600 and len(key.read_bytes()) == 32
@@ -169,6 +172,22 @@ def test_what_does_not_fit_is_refused(changed, edit, words) -> None:
     with pytest.raises(ExecutablesError) as error:
         engine_of(folder, executables=str(folder / "executables"))
     check(error, *words, "executables=False")
+
+
+def test_a_users_function_under_a_known_name_is_seen(compiled_model, fresh_programs) -> None:
+    """However it is wrapped; and what was there before, put back, fits again."""
+    before = next(i for i in registry.implementations("rms_norm") if i.name == "reference")
+    put = functools.partial(registry.register, "rms_norm", "reference", supports=before.supports, replace=True)
+    own = lambda *arguments, **keywords: before.function(*arguments, **keywords)
+    try:
+        for function in (own, functools.partial(before.function), functools.wraps(before.function)(own), jax.jit(own)):
+            put(function)
+            with pytest.raises(ExecutablesError) as error:
+                engine_of(compiled_model)
+            check(error, "operations.rms_norm: made without reference (", "and with reference;", "compile` again")
+    finally:
+        put(before.function, priority=before.priority)
+    engine_of(compiled_model).close()
 
 
 def test_what_another_user_made_is_not_taken_by_itself(changed, compiled) -> None:

@@ -27,6 +27,7 @@ from pallas_kernels.qtensor import QTensor, dequantize
 from sharding.mesh import make_mesh
 
 CASES = ("odd_shape", "mistral_window", "qwen2_window", "qwen3_window", "gpt2", "phi3_partial_longrope", "gemma2")
+CASES += ("mixtral", "qwen3_moe_mixed")
 
 
 def config_of(case: str, **changes: Any) -> ModelConfig:
@@ -72,6 +73,8 @@ REFUSED = [
     ("phi3", "lm_head_bias", True),
     ("phi3_window", "rope_parameters", {"rope_type": "longrope", "short_factor": [1.0], "long_mscale": 1.2}),
     ("gemma2", "use_bidirectional_attention", True),
+    ("mixtral", "moe_intermediate_size", 24),
+    ("qwen3_moe", "shared_expert_intermediate_size", 24),
     ("gemma2", "sliding_window_size", 4096),
 ]
 

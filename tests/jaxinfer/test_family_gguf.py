@@ -24,9 +24,23 @@ CASES = {
     "gpt2": MODEL_ARCH.GPT2,
     "phi3_window": MODEL_ARCH.PHI3,
     "gemma2": MODEL_ARCH.GEMMA2,
+    "mixtral": MODEL_ARCH.LLAMA,
+    "qwen3_moe": MODEL_ARCH.QWEN3MOE,
 }
 
 type Write = Callable[..., Path]
+
+
+def merged(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The matrices of a layer's experts in one tensor, which has their name without its number."""
+    out, stacks = {}, {}
+    for name, tensor in tensors.items():
+        block, _, rest = name.partition(".experts.")
+        if rest:
+            stacks.setdefault(f"{block}.experts.{rest.partition('.')[2]}", []).append(tensor)
+        else:
+            out[name] = tensor
+    return out | {name: np.stack(stack) for name, stack in stacks.items()}
 
 
 @pytest.fixture
@@ -61,7 +75,12 @@ def write(tmp_path: Path) -> Write:
             writer.add_rope_scaling_orig_ctx_len(config["original_max_position_embeddings"])
         if arch in (MODEL_ARCH.PHI3, MODEL_ARCH.GEMMA2):
             writer.add_sliding_window(config["sliding_window"] or 0)
-        if arch in (MODEL_ARCH.QWEN3, MODEL_ARCH.GEMMA2):
+        if "num_experts_per_tok" in config:
+            writer.add_expert_count(get("num_local_experts", "num_experts"))
+            writer.add_expert_used_count(config["num_experts_per_tok"])
+        if arch is MODEL_ARCH.QWEN3MOE:
+            writer.add_expert_feed_forward_length(config["moe_intermediate_size"])
+        if arch in (MODEL_ARCH.QWEN3, MODEL_ARCH.QWEN3MOE, MODEL_ARCH.GEMMA2):
             writer.add_key_length(config["head_dim"])
             writer.add_value_length(config["head_dim"])
         if arch is MODEL_ARCH.GEMMA2:
@@ -70,11 +89,14 @@ def write(tmp_path: Path) -> Write:
         for key, value in metadata.items():
             writer.add_float32(key.replace("__", "."), value)
         names = get_tensor_name_map(arch, layers)
-        for hf, tensor in golden_weights.make_tensors(case["tensors"], case["seed"]).items():
+        for hf, tensor in merged(golden_weights.make_tensors(case["tensors"], case["seed"])).items():
             if hf.endswith((".c_attn.weight", ".c_proj.weight", ".c_fc.weight")):
                 tensor = np.ascontiguousarray(tensor.T)
             if arch is MODEL_ARCH.GEMMA2 and hf.endswith("norm.weight"):
                 tensor = tensor + 1
+            if arch is MODEL_ARCH.LLAMA and hf.endswith(("q_proj.weight", "k_proj.weight")):  # rotary pairs side by side
+                rows = tensor.reshape(-1, 2, config["head_dim"] // 2, tensor.shape[1])
+                tensor = np.ascontiguousarray(rows.swapaxes(1, 2).reshape(tensor.shape))
             target = names.get_name(hf, try_suffixes=(".weight", ".bias"))
             assert target is not None, hf
             writer.add_tensor(target, tensor)

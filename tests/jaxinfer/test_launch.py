@@ -12,9 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import golden_weights
 import pytest
 from tiny_llama import PROMPTS, tokens_of
 
+import jaxinfer
 from jaxinfer import SamplingParams
 from jaxinfer.cli import main
 
@@ -63,6 +65,14 @@ def test_two_processes_say_what_one_does(tiny, engine):
 )
 def test_more_processes_say_what_one_does(tiny, engine, ranks, sizes):
     check(launched(tiny.folder, ranks, sizes), engine, ranks)
+
+
+@pytest.mark.full
+def test_experts_on_several_processes(tmp_path):
+    """Tokens travel between processes."""
+    folder = golden_weights.write_case_folder(golden_weights.load_case("mixtral_window"), tmp_path / "mixtral")
+    engine = jaxinfer.init_inference(folder, {"inference_max_tokens": 64, "micro_batch_size": 4, "kernels": "xla"})
+    check(launched(folder, 2, {"expert_parallel_size": 2}), engine, 2)
 
 
 @pytest.mark.slow

@@ -107,7 +107,7 @@ def test_weights_of_a_gguf(smollm2_gguf: Path) -> None:
 # --- cache
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8, jnp.int4])
 @pytest.mark.parametrize("sizes", [{}, {"tensor": 4}, {"tensor": 2, "stage": 2, "data": 2}], ids=str)
 def test_state_is_counted(tiny_decoder, dtype, sizes: dict[str, int]) -> None:
     placed = place(tiny_decoder, make_mesh(**sizes))
@@ -155,7 +155,7 @@ def compiled_bytes(compiled) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("sizes", "cached"), [({}, "int8"), ({"tensor": 2, "stage": 2}, "float32")], ids=str)
+@pytest.mark.parametrize(("sizes", "cached"), [({}, "int8"), ({}, "int4"), ({"tensor": 2, "stage": 2}, "float32")], ids=str)
 def test_temporary_arrays_are_near_what_is_allocated(tiny_decoder, sizes: dict[str, int], cached: str) -> None:
     programs, work = _programs(tiny_decoder, sizes, cached)
     ids, lengths = jax.ShapeDtypeStruct((4, 256), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
@@ -280,7 +280,7 @@ class Prompt:
     """As much of a request as grouping looks at."""
 
     def __init__(self, tokens: int):
-        self.prompt = [0] * tokens
+        self.prompt, self.source = [0] * tokens, None
 
 
 def test_prompts_enter_as_memory_allows(tiny, monkeypatch) -> None:

@@ -25,12 +25,14 @@ from jaxinfer.quantization.methods import METHODS, Method, Quantizer, key, layer
 from jaxinfer.quantization.policy import kept
 from jaxinfer.quantization.scaling import LARGEST, awq_factors, output_error, scaled, sites, smoothing_factors
 from pallas_kernels import qtensor
+from pallas_kernels.value_formats import FP8
 
 INT4 = QuantSpec(format="int4", group=32)
 SPECS = [
     INT4,
     QuantSpec(format="int4", group=32, symmetric=False),
     QuantSpec(format="int8"),
+    QuantSpec(format="fp8"),
     QuantSpec(format="int8", group=16, scale_dtype="float16"),
 ]
 
@@ -82,7 +84,7 @@ def test_grids_of_zeros_and_unused_inputs() -> None:
         assert np.isfinite(out).all() and np.abs(out - w).max() < 0.12 and not np.asarray(out)[0].any()
 
 
-@pytest.mark.parametrize(("spec", "act_order"), [*((spec, True) for spec in SPECS[:3]), (INT4, False)], ids=str)
+@pytest.mark.parametrize(("spec", "act_order"), [*((spec, True) for spec in SPECS[:4]), (INT4, False)], ids=str)
 def test_gptq_against_its_definition(spec: QuantSpec, act_order: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The levels are those of the algorithm written down input by input in float64, and the outputs' error falls."""
     monkeypatch.setattr(gptq_module, "BLOCK", 32)  # several blocks
@@ -99,7 +101,8 @@ def test_gptq_against_its_definition(spec: QuantSpec, act_order: bool, monkeypat
     minima = np.broadcast_to(minima, w.shape)
     for n, i in enumerate(order):
         inverse = np.linalg.inv(h[np.ix_(order[n:], order[n:])])
-        expected[:, i] = np.clip(np.rint((rest[:, i] - minima[:, i]) / scales[:, i]), grid.low, grid.high)
+        level = np.clip((rest[:, i] - minima[:, i]) / scales[:, i], grid.low, grid.high)
+        expected[:, i] = level.astype(FP8).astype(np.float64) if spec.format == "fp8" else np.rint(level)
         error = (rest[:, i] - expected[:, i] * scales[:, i] - minima[:, i]) / inverse[0, 0]
         rest[:, order[n:]] -= error[:, None] * inverse[0]
     assert (levels != expected).mean() < 0.02  # float32 turns ties, and what follows a tie

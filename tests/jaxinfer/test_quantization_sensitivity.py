@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxinfer import QuantizationConfig, errors
 from jaxinfer.loading import module_of, open_source
 from jaxinfer.quantization.grids import decoded, nearest, search_grid
 from jaxinfer.quantization.policy import spec_of
-from jaxinfer.quantization.sensitivity import Choice, allocate, sensitivities
+from jaxinfer.quantization.sensitivity import Choice, allocate, allocate_to_loss, sensitivities
 from jaxinfer.quantizing import compare
 
 
@@ -66,6 +67,28 @@ def test_allocation_is_the_best_of_all() -> None:
     assert {name: c.cost for name, c in whole.items()} == {name: min(c.cost for c in cs) for name, cs in choices.items()}
     with pytest.raises(errors.QuantizationError, match="leaves 49 bytes for matrices, which need 50 in their smallest forms"):
         allocate(choices, 49)
+
+
+def test_allocation_to_a_loss_is_the_smallest_of_all() -> None:
+    """Within one step of the best of all combinations; a loss that nothing reaches is refused."""
+    rng = np.random.default_rng(5)
+    choices = {
+        name: [
+            Choice(form=f"{n}", nbytes=10 * (n + 1), cost=float(c))
+            for n, c in enumerate([*np.sort(rng.random(3))[::-1] / 10, 0])
+        ]
+        for name in "abcd"
+    }
+    every = [(sum(c.nbytes for c in p), sum(c.cost for c in p)) for p in itertools.product(*choices.values())]
+    for loss in (0.05, 0.1, 0.2, 1.0):
+        found = allocate_to_loss(choices, loss)
+        cost, size = sum(c.cost for c in found.values()), sum(c.nbytes for c in found.values())
+        possible = [nbytes for nbytes, other in every if other <= math.log1p(loss)]
+        assert cost <= math.log1p(loss) and min(possible) <= size <= min(possible) + 30
+    assert all(c.form == "0" for c in allocate_to_loss(choices, 10.0).values())
+    choices["e"] = [Choice(form="0", nbytes=1, cost=0.1)]
+    with pytest.raises(errors.QuantizationError, match=r"a loss of 5\.00% allows 0\.04879 .* cost 0\.10000; raise it"):
+        allocate_to_loss(choices, 0.05)
 
 
 def test_no_form_fits(tiny: TinyModel) -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import os
 import secrets
 import subprocess
+import weakref
 from pathlib import Path
 
 import jax
@@ -216,13 +218,31 @@ def test_processors_that_cannot_be() -> None:
     for wrong in (lambda *_: 5, lambda z, *_: z[:-1], lambda z, *_: z.astype(jnp.bfloat16), lambda z, *_: (z, z)):
         with pytest.raises(SamplingParamsError, match=r"it must give float32 \[97\]"):
             processors.number(wrong)
-    for i in range(MAX_PROCESSORS):
-        assert processors.number(functools.partial(only_even)) == i + 1
-    with pytest.raises(
-        SamplingParamsError, match=f"{MAX_PROCESSORS + 1} different logits processors; an engine takes {MAX_PROCESSORS}"
-    ):
-        processors.number(only_even)
     assert processors.number(None) == 0
+
+
+def test_processors_are_remembered_while_they_are_used() -> None:
+    """Any number of them, one after the other; a number never means two functions."""
+    processors = Processors(VOCAB)
+    often, held = functools.partial(only_even), processors.hold(functools.partial(forbid_seen))
+    numbers = {held.number, processors.number(often)}
+    for _ in range(3 * MAX_PROCESSORS):
+        numbers.add(processors.number(functools.partial(only_even)))
+        assert processors.number(often) == 2
+    assert numbers == {*range(1, 3 * MAX_PROCESSORS + 3)}
+    assert processors.hold(held.function) is held
+    assert processors.used([None, often, held.function]) == ((1, held.function), (2, often))
+    other, seen = functools.partial(only_even), weakref.WeakSet[functools.partial]()
+    seen.add(other)
+    first = processors.number(other)
+    for _ in range(MAX_PROCESSORS):
+        processors.number(functools.partial(only_even))
+    assert processors.number(other) > first
+    del other
+    for _ in range(MAX_PROCESSORS):
+        processors.number(functools.partial(only_even))
+    gc.collect()
+    assert not seen
 
 
 def test_arrays_need_what_is_resolved() -> None:

@@ -119,6 +119,24 @@ def test_a_processor_is_compiled_once(engine, compiled, greedy, logits_of) -> No
     assert not compiled
 
 
+def test_more_processors_than_are_remembered(tiny, monkeypatch) -> None:
+    """Functions that come and go while one runs: each row has its own."""
+
+    def only(token: int):
+        return lambda logits, tokens, length: jnp.where(jnp.arange(logits.shape[0]) == token, logits, -jnp.inf)
+
+    monkeypatch.setattr("jaxinfer.sampling.MAX_PROCESSORS", 1)
+    monkeypatch.setattr("jaxinfer.programs.OWN_PROGRAMS", 2)
+    with jaxinfer.init_inference(tiny.folder, {"inference_max_tokens": 64, "micro_batch_size": 2}) as engine:
+        long = engine.stream(PROMPTS[0], SamplingParams(max_tokens=40, logits_processor=only(5)), every=1)
+        next(long)
+        for token in (7, 8):
+            params = SamplingParams(max_tokens=2, logits_processor=only(token))
+            assert engine.generate(PROMPTS[1], params).token_ids == [token] * 2
+        assert {t for delta in long for t in delta.token_ids} == {5}
+        assert len(engine.programs._own) <= 2
+
+
 # --- what ends a text
 
 

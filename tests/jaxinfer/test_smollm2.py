@@ -200,3 +200,4 @@ def test_four_processes(smollm2_gguf: Path) -> None:
         assert 0.24 * answer["bytes"] < answer["kept"] < 0.26 * answer["bytes"]
         assert answer["read"] < 1.05 * answer["kept"]
         assert answer["peak"] < answer["kept"] + answer["largest"] / 4 + 300 * MB
+        assert answer["peak"] <= 0.30 * answer["bytes"] + 300 * MB

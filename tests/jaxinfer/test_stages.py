@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import jax
+import numpy as np
 import pytest
 from tiny_llama import GREEDY, PROMPTS, tokens_of
 
@@ -49,6 +50,36 @@ def test_preparing_waits_for_no_turn_of_the_devices(make_engine):
     engine = make_engine(tp=2)
     with COLLECTIVES:
         engine.prepare([[1, 2, 3]], SamplingParams(max_tokens=2)).result(timeout=60)
+
+
+def test_measuring_and_measured_times_exclude_each_other(make_engine):
+    with pytest.raises(errors.ConfigError, match="layer_seconds or by measure"):
+        make_engine(tp=2, pp=2).stage_report(layer_seconds=[1.0, 2.0, 3.0], measure=True)
+
+
+@pytest.mark.slow
+def test_int8_sums_across_hosts(tiny_decoder, logits_of):
+    """Asked for in the configuration: near the exact probabilities, and not the same."""
+    placed = place(tiny_decoder, make_mesh(tensor_hosts=2, tensor=2))
+    parallel = jaxinfer.ParallelConfig(tensor_parallel_size=4, int8_across_hosts=True)
+    config = jaxinfer.EngineConfig(inference_max_tokens=64, micro_batch_size=4, kernels="xla", engine=parallel)
+    engine, prompt = jaxinfer.Engine(placed, config), PROMPTS[2]
+    text = engine.programs.score().lower(*_scored(engine)).compile().as_text()
+    assert "all-to-all" in text and "s8[" in text
+    exact = np.asarray(jax.nn.log_softmax(logits_of(prompt)))[np.arange(len(prompt) - 1), prompt[1:]]
+    error = np.abs(exact - np.array(engine.score(prompt).logprobs[1:])).max()
+    assert 1e-6 < error < 0.1
+
+
+def _scored(engine):
+    rows = jax.ShapeDtypeStruct((1, 16), "int32"), jax.ShapeDtypeStruct((1,), "int32")
+    return engine.programs.shapes, *rows
+
+
+def test_int8_sums_need_hosts(tiny_decoder):
+    config = jaxinfer.EngineConfig(inference_max_tokens=64, engine=jaxinfer.ParallelConfig(int8_across_hosts=True))
+    with pytest.raises(errors.MeshError, match="several hosts with several each"):
+        jaxinfer.Engine(place(tiny_decoder, make_mesh(tensor=2)), config)
 
 
 def test_tensor_shards_on_two_hosts_say_what_one_device_does(tiny_decoder, greedy):
