@@ -141,7 +141,12 @@ def _by_default(info: ParameterInfo, q: QuantizationConfig) -> QuantizationConfi
 
 
 def spec_of(q: QuantizationConfig, unit: int) -> QuantSpec:
-    """How a matrix without rules is quantised; unit: inputs that no group of activation scales straddles."""
+    """How a matrix without rules is quantised; unit: inputs that no group of activation scales straddles.
+
+    Raises ConfigError for weights that stay as they are stored.
+    """
+    if q.weight_format == "stored":
+        raise ConfigError("weight_format 'stored' rounds no weights: leave it out where they are rounded, or written for other systems")
     activation = q.activation and _fitted(q.activation, unit)
     return QuantSpec(format=q.format, group=q.group, symmetric=q.symmetric, activation=activation)
 
