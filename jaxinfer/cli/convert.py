@@ -75,6 +75,8 @@ def _export(args: argparse.Namespace, quantization, start: float) -> int:
 
     if quantization is not None and quantization.attention_bits == 8:
         args.parser.error(f"--quantize {args.quantize}: {args.format} cannot say that attention multiplies integers")
+    if quantization is not None and quantization.weight_format == "stored":
+        args.parser.error(f"--quantize {args.quantize} rounds no weights; leave it out, packed ones are written as they are")
     if args.dtype or args.overwrite:
         args.parser.error(
             f"--{'dtype' if args.dtype else 'overwrite'} is for the native form; leave it out with --format {args.format}"
