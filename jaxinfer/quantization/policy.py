@@ -146,7 +146,9 @@ def spec_of(q: QuantizationConfig, unit: int) -> QuantSpec:
     Raises ConfigError for weights that stay as they are stored.
     """
     if q.weight_format == "stored":
-        raise ConfigError("weight_format 'stored' rounds no weights: leave it out where they are rounded, or written for other systems")
+        raise ConfigError(
+            "weight_format 'stored' rounds no weights: leave it out where they are rounded, or written for other systems"
+        )
     activation = q.activation and _fitted(q.activation, unit)
     return QuantSpec(format=q.format, group=q.group, symmetric=q.symmetric, activation=activation)
 

@@ -114,7 +114,10 @@ DEFAULT_SYSTEMS = (
 
 
 def parse_system(text: str, file_type: str | None) -> System:
-    """A System from ENGINE:PRECISION[+CACHE]. file_type: that of the GGUF file, which "stored" and "stored-a8" stand for. Raises BenchmarkError."""
+    """A System from ENGINE:PRECISION[+CACHE]. file_type: that of the GGUF file, which "stored" and "stored-a8" stand for.
+
+    Raises BenchmarkError.
+    """
     engine, _, rest = text.partition(":")
     precision, _, cache = rest.partition("+")
     known = ENGINES.get(engine)
