@@ -207,6 +207,12 @@ class ParallelConfig:
     def __post_init__(self):
         _check("engine.", self)
 
+    @property
+    def devices(self) -> int:
+        """That the mesh takes."""
+        sequences = self.pipeline_parallel_size * self.data_parallel_size * self.expert_parallel_size
+        return self.tensor_parallel_size * sequences
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheConfig:

@@ -65,9 +65,7 @@ def tasks(
     GPU that is not here, one of `gpus.KNOWN`; else those that are. ops: only tiles of these operations, or of tiles by these names. Raises
     ConfigError for one that does not occur, and what `init_inference` raises before it reads weights.
     """
-    parallel = config.engine
-    count = parallel.data_parallel_size * parallel.pipeline_parallel_size * parallel.tensor_parallel_size
-    devices = None if gpu is None else list(topology_mesh(gpu, (count,), ("x",)).devices)
+    devices = None if gpu is None else list(topology_mesh(gpu, (config.engine.devices,), ("x",)).devices)
 
     def trace() -> None:
         with contextlib.nullcontext(model) if model is not None else shapes_of_llama() as source:

@@ -1,8 +1,11 @@
-"""Arithmetic and places inside Triton kernels: what the lowering does not take, written with what it takes. All of it is float32."""
+"""Arithmetic, places and dropout inside Triton kernels: what the lowering does not take, written with what it takes; float32."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+
+from pallas_kernels.dropout import dropped
 
 LOG2_E = 1.4426950408889634
 
@@ -61,3 +64,15 @@ def of_dtype(x: jax.Array, dtype) -> jax.Array:
     if jnp.dtype(dtype) == jnp.int8:
         return jnp.clip(round_even(x), -127, 127).astype(jnp.int32).astype(jnp.int8)
     return x.astype(dtype)
+
+
+def drop(y, rate: float, ref, row, column, rows: int):
+    """Dropout of a block y [r, c] that begins at this row and column of an array of so many rows. ref: what `Dropout.operands` gives."""
+    number = row + jnp.arange(y.shape[0])
+    if "row_numbers" in ref:
+        number = triton.load(ref["row_numbers"].at[number], mask=number < rows, other=0)
+    columns = (column + jnp.arange(y.shape[1])).astype(jnp.uint32)
+    if "column" in ref:
+        columns = columns + ref["column"][0]
+    spread = lambda a: jnp.broadcast_to(a, y.shape)
+    return dropped(y, rate, (ref["seed"][0], ref["seed"][1]), spread(number.astype(jnp.uint32)[:, None]), spread(columns[None]))

@@ -11,6 +11,7 @@ from jax.experimental.pallas import triton
 from pallas_kernels.target import Target, interpreted
 
 OLDEST = (8, 0)  # Ampere: bfloat16 on tensor cores
+NARROWEST_FP8 = (8, 9)  # Ada: the first that converts from and to e4m3
 
 
 def gpu_refusal(target: Target) -> str | None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxinfer.cli import start_up
-from jaxinfer.cli.options import SOURCE_HELP, add_engine, engine_config, load_engine, start, token_ids
+from jaxinfer.cli.options import SOURCE_HELP, add_engine, at_least_one, engine_config, load_engine, start, token_ids
 from jaxinfer.cli.output import format_bytes, paint, print_fields, print_json, short_name, work
 
 FORMAT_VERSION = 1
@@ -62,10 +62,7 @@ memory bandwidth that the same process measures.""",
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("prompt_tokens", "batch", "context", "tokens", "repetitions"):
-        values = getattr(args, name)
-        if not values or min(values if isinstance(values, list) else [values]) < 1:
-            args.parser.error(f"--{name.replace('_', '-')} needs numbers of at least 1")
+    at_least_one(args, "prompt_tokens", "batch", "context", "tokens", "repetitions")
     if args.start or args.start_once:
         return start_up.once(args) if args.start_once else start_up.run(args)
     start(args)
@@ -73,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
 
     config = engine_config(args)
     if args.micro_batch_size is None:
-        shards = config.engine.pipeline_parallel_size * config.engine.data_parallel_size * config.engine.expert_parallel_size
+        shards = config.engine.devices // config.engine.tensor_parallel_size  # that have sequences of their own
         config = dataclasses.replace(config, micro_batch_size=max(1, *(-(-n // shards) for n in args.batch)))
     engine = load_engine(args.source, config)
     with work(f"measuring {short_name(args.source)}", f"measured {short_name(args.source)}") as progress:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.cli.options import SOURCE_HELP, add_engine, engine_config, start, token_ids
+from jaxinfer.cli.options import SOURCE_HELP, add_engine, at_least_one, engine_config, start, token_ids
 from jaxinfer.cli.output import format_bytes, print_fields, print_json, short_name, work
 
 
@@ -42,9 +42,7 @@ refused elsewhere. They are machine code: use those that you made, or whose make
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("prompt_tokens", "new_tokens", "batch"):
-        if not getattr(args, name) or min(getattr(args, name)) < 1:
-            args.parser.error(f"--{name.replace('_', '-')} needs numbers of at least 1")
+    at_least_one(args, "prompt_tokens", "new_tokens", "batch")
     start(args)
     from jaxinfer import executables
     from jaxinfer.ahead import Need, Traffic

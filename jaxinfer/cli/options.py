@@ -16,7 +16,8 @@ KERNELS = ("auto", "native", "xla")
 SOURCE_HELP = "a folder, a .gguf file, a converted folder, a hub id, or demo"
 QUANTIZE_HELP = (
     "quantise matrices while loading: int8, int4, w8a8, w8a16, w4a16 or w4a8 (bits of weights and inputs), fp8, nf4 or mxfp4, "
-    "with -g64 (group), -asym (INT4 with a minimum), -token (one input scale a token), -a8 or -a16 (inputs)"
+    "with -g64 (group), -asym (INT4 with a minimum), -token (one input scale a token), -a8 or -a16 (inputs), -attn8 (integers in "
+    "attention); stored-a8: packed ones as they are, with INT8 inputs"
 )
 
 
@@ -218,6 +219,14 @@ def add_engine(parser: argparse.ArgumentParser) -> None:
     for option in ENGINE:
         option.add_to(group)
     group.add_argument("--cpu-devices", metavar="N", type=int, help="run on N CPU devices, to try meshes out")
+
+
+def at_least_one(args: argparse.Namespace, *names: str) -> None:
+    """Refuse options whose number, or one of whose numbers, is below 1."""
+    for name in names:
+        values = getattr(args, name)
+        if not values or min(values if isinstance(values, list) else [values]) < 1:
+            args.parser.error(f"--{name.replace('_', '-')} needs numbers of at least 1")
 
 
 def start(args: argparse.Namespace) -> None:

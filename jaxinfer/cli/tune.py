@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from jaxinfer.cli.options import SOURCE_HELP, add_engine, engine_config, start, token_ids
+from jaxinfer.cli.options import SOURCE_HELP, add_engine, at_least_one, engine_config, start, token_ids
 from jaxinfer.cli.output import print_json, work
 
 
@@ -45,9 +45,7 @@ it beats the heuristic's and gives the same results. What was measured stays whe
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("prompt_tokens", "new_tokens", "batch"):
-        if not getattr(args, name) or min(getattr(args, name)) < 1:
-            args.parser.error(f"--{name.replace('_', '-')} needs numbers of at least 1")
+    at_least_one(args, "prompt_tokens", "new_tokens", "batch")
     if args.compile_only and args.output:
         args.parser.error("--compile-only measures nothing that --output could keep")
     start(args)

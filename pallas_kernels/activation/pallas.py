@@ -9,9 +9,8 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.activation import reference
 from pallas_kernels.activation.output import ActivationOutput
-from pallas_kernels.kernel_math import ACTIVATIONS
+from pallas_kernels.kernel_math import ACTIVATIONS, drop
 from pallas_kernels.launch import gpu_refusal, launch
-from pallas_kernels.norm.pallas import drop
 from pallas_kernels.quantize.pallas import block, heuristic, scales_refusal, store_levels
 from pallas_kernels.tuning import tile_for
 

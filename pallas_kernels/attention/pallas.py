@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import pallas_backward, pallas_kernel
-from pallas_kernels.attention.pallas_kernel import Shape
+from pallas_kernels.attention.pallas_kernel import SMALLEST, Shape
 from pallas_kernels.attention.reference import gathered
 from pallas_kernels.attention.terms import AttentionTerms, positions_of
 from pallas_kernels.errors import BackendError
@@ -25,9 +25,7 @@ from pallas_kernels.tuning import tile_for
 
 FEW = 64  # queries of a kv head, tokens times heads of a group, up to which keys are split and not queries
 WIDEST = 256  # head_dim
-SMALLEST = 16  # sides of a tensor core's tile
 BLOCKS = 264  # two for each processor of an H100
-NARROWEST_FP8 = (8, 9)  # Ada: the first that converts from e4m3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,12 +70,7 @@ def supports_attention(target, facts) -> bool | str:
         return f"heads of {facts['shape'][-1]} do not fit the registers of a block, at most {WIDEST} do"
     if facts["cache_dtype"] == "uint8":
         return "it does not take int4 caches"
-    page = facts["tokens"]
-    if facts["paged"] and (page < SMALLEST or page & (page - 1)):
-        return f"it takes pages of 16, 32, 64 and further powers of two tokens, not of {page}"
-    if "float8" in facts["cache_dtype"] and target.capability is not None and target.capability < NARROWEST_FP8:
-        return f"{target.device_kind} cannot convert from {facts['cache_dtype']}"
-    return True
+    return pallas_kernel.cache_refusal(target, facts) or True
 
 
 def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms):

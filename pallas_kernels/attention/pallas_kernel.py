@@ -11,8 +11,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.kernel_math import LOG2_E, masked_slice
-from pallas_kernels.launch import kernel_precision
+from pallas_kernels.launch import NARROWEST_FP8, kernel_precision
 
+SMALLEST = 16  # sides of a tensor core's tile
 NOTHING = -1e30  # finite, so that a block that sees nothing gives no NaN
 
 
@@ -45,6 +46,16 @@ class Queries:
     head: jax.Array
     at: jax.Array
     last: jax.Array
+
+
+def cache_refusal(target, facts) -> str | None:
+    """Why a GPU cannot read a cache of this dtype in pages of so many tokens, or None."""
+    page, dtype = facts["tokens"], facts["cache_dtype"]
+    if facts["paged"] and (page < SMALLEST or page & (page - 1)):
+        return f"it takes pages of 16, 32, 64 and further powers of two tokens, not of {page}"
+    if "float8" in dtype and target.capability is not None and target.capability < NARROWEST_FP8:
+        return f"{target.device_kind} cannot convert from {dtype}"
+    return None
 
 
 def queries_of(ref, shape: Shape, b, kv_head, first, count: int) -> Queries:

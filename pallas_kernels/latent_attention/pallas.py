@@ -15,7 +15,9 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.attention.pallas_kernel import (
     NOTHING,
+    SMALLEST,
     Shape,
+    cache_refusal,
     dot_cached,
     heads_at,
     heads_of,
@@ -30,9 +32,7 @@ from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.tuning import tile_for
 
 WIDEST = 512  # of the latent vector: its sums stay in registers
-SMALLEST = 16  # sides of a tensor core's tile
 BLOCKS = 132  # a processor of an H100 each
-NARROWEST_FP8 = (8, 9)  # Ada: the first that converts from e4m3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,12 +64,7 @@ def supports_latent_attention(target, facts) -> bool | str:
         return "there is nothing to attend"
     if facts["values"] > WIDEST:
         return f"sums of {facts['values']} elements do not fit the registers of a block, at most {WIDEST} do"
-    page = facts["tokens"]
-    if facts["paged"] and (page < SMALLEST or page & (page - 1)):
-        return f"it takes pages of 16, 32, 64 and further powers of two tokens, not of {page}"
-    if "float8" in facts["cache_dtype"] and target.capability is not None and target.capability < NARROWEST_FP8:
-        return f"{target.device_kind} cannot convert from {facts['cache_dtype']}"
-    return True
+    return cache_refusal(target, facts) or True
 
 
 def latent_attention(q, cache, *, values, positions, scale, rows, scales):

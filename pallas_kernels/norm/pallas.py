@@ -9,8 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.dropout import dropped
-from pallas_kernels.kernel_math import ACTIVATIONS, masked_slice, power_of_two
+from pallas_kernels.kernel_math import ACTIVATIONS, drop, masked_slice, power_of_two
 from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.norm import reference
 from pallas_kernels.norm.output import NormOutput
@@ -126,18 +125,6 @@ def _kernel(*refs, names, tile, rows, width, kind, eps, activation, rate, group)
         store_levels(jnp.where(inside, y, 0.0), places, ref["y"], ref["scales"], tile=tile, rows=rows, width=width, group=group)
     else:
         triton.store(ref["y"].at[places.at], y.astype(ref["y"].dtype), mask=inside)
-
-
-def drop(y, rate: float, ref, row, column, rows: int):
-    """Dropout of a block y [r, c] that begins at this row and column of an array of so many rows. ref: what `Dropout.operands` gives."""
-    number = row + jnp.arange(y.shape[0])
-    if "row_numbers" in ref:
-        number = triton.load(ref["row_numbers"].at[number], mask=number < rows, other=0)
-    columns = (column + jnp.arange(y.shape[1])).astype(jnp.uint32)
-    if "column" in ref:
-        columns = columns + ref["column"][0]
-    spread = lambda a: jnp.broadcast_to(a, y.shape)
-    return dropped(y, rate, (ref["seed"][0], ref["seed"][1]), spread(number.astype(jnp.uint32)[:, None]), spread(columns[None]))
 
 
 def _forward(x, scale, bias, residual, dropout, *static):

@@ -4,7 +4,6 @@ The sixteen columns that a product has at least are the rows of x, each as the t
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -43,13 +42,6 @@ def supports_quant_matmul(target, facts) -> bool | str:
     return True
 
 
-def quant_matmul(x, w, *, bias, max_over_shards):
-    del max_over_shards  # inputs are not quantised
-    y = _product(x, w)
-    return y if bias is None else y + bias.astype(jnp.float32)
-
-
-@jax.custom_vjp
 def _product(x, w):
     inputs, outputs = x.shape[-1], w.shape[0]
     rows = x.size // inputs
@@ -86,16 +78,7 @@ def _constants(w, rows: int) -> dict[str, int]:
     }
 
 
-def _forward(x, w):
-    return _product(x, w), (x, w)
-
-
-def _backward(saved, gradient):
-    run = functools.partial(reference.quant_matmul, bias=None, max_over_shards=None)
-    return jax.vjp(run, *saved)[1](gradient)
-
-
-_product.defvjp(_forward, _backward)
+quant_matmul = reference.from_product(_product)
 
 
 @triton.jit

@@ -78,13 +78,6 @@ def supports_quant_matmul(target, facts) -> bool | str:
     return True
 
 
-def quant_matmul(x, w, *, bias, max_over_shards):
-    del max_over_shards  # inputs are not quantised
-    y = _product(x, w)
-    return y if bias is None else y + bias.astype(jnp.float32)
-
-
-@jax.custom_vjp
 def _product(x, w):
     rows, inputs, outputs = x.size // x.shape[-1], x.shape[-1], w.shape[0]
     quantised = isinstance(w, QTensor)
@@ -136,16 +129,7 @@ def _check(tile: Tile, rows: int, outputs: int, inputs: int, group: int | None) 
         )
 
 
-def _forward(x, w):
-    return _product(x, w), (x, w)
-
-
-def _backward(saved, gradient):
-    run = functools.partial(reference.quant_matmul, bias=None, max_over_shards=None)
-    return jax.vjp(run, *saved)[1](gradient)
-
-
-_product.defvjp(_forward, _backward)
+quant_matmul = reference.from_product(_product)
 
 
 def _transforms(columns: int, dtype) -> tuple:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import gpus
-from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.launch import NARROWEST_FP8, gpu_refusal, launch
 from pallas_kernels.moe import reference as moe_reference
 from pallas_kernels.norm import fused_norm
 from pallas_kernels.qtensor import QTensor, packing_block
@@ -26,7 +26,6 @@ from pallas_kernels.target import current_target
 from pallas_kernels.tuning import tile_for
 
 FLOATS = ("bfloat16", "float16")
-NARROWEST_FP8 = (8, 9)  # Ada: the first with e4m3 in its instructions
 
 
 def supports_quant_matmul(target, facts) -> bool | str:

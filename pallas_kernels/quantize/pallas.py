@@ -10,13 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.kernel_math import of_dtype, power_of_two, round_even
-from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.launch import NARROWEST_FP8, gpu_refusal, launch
 from pallas_kernels.qtensor import QTensor, packing_block
 from pallas_kernels.tuning import tile_for
 from pallas_kernels.value_formats import FP8_MAX, INT4_OFFSET
 
 WIDEST = 1 << 15  # elements that share a scale: what a block of 1024 threads holds in registers
-NARROWEST_FP8 = (8, 9)  # Ada: the first that converts to e4m3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -133,11 +133,8 @@ def test_int4_attention(rows, rng, window):
         q, cache, rows=None, positions=LENGTHS[:, None] - 1, scale=0.3, window=None if window is None else jnp.int32(window)
     )
     found = np.asarray(run(cache))
-    keys, values = np.zeros((2, B, K, S, H), np.float32)
-    for b, length in enumerate(LENGTHS):
-        for out, truth in zip((keys, values), expected(k[b], v[b], length), strict=True):
-            out[b, :, :length] = np.swapaxes(truth, 0, 1)
-    np.testing.assert_allclose(found, run(LayerCache(k=jnp.asarray(keys), v=jnp.asarray(values))), atol=2e-5)
+    check(cache, k, v, LENGTHS)
+    np.testing.assert_allclose(found, run(cache.floats(jnp.asarray(LENGTHS) - 1)), atol=2e-5)
     ids = jnp.array([1, 0])
     part = attention(q[ids], cache, rows=ids, positions=LENGTHS[[1, 0], None] - 1, scale=0.3)
     np.testing.assert_allclose(part, attention(q, cache, rows=None, positions=LENGTHS[:, None] - 1, scale=0.3)[ids], atol=1e-6)
