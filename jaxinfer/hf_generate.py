@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from jaxinfer.errors import PromptError, SamplingParamsError
-from jaxinfer.sampling_params import SamplingParams
+from jaxinfer.sampling_params import MAX_SAMPLES, SamplingParams
 from jaxinfer.values import check_keys
 
 TOP_K = 50  # what transformers takes with do_sample=True where nothing else is said
@@ -72,8 +72,13 @@ def generate(engine: Engine, input_ids: Any, attention_mask: Any = None, **keywo
     values = _settings(keywords)
     prompts, width = _prompts(input_ids, _mask(input_ids, attention_mask, values, engine.eos_ids))
     params, copies = _params(values, width), _whole(values.get("num_return_sequences", 1), "num_return_sequences")
-    each = [params.sample(i) for i in range(len(prompts) * copies)]
-    results = engine.generate([prompt for prompt in prompts for _ in range(copies)], each)
+    if copies > 1 and not params.temperature:
+        raise SamplingParamsError(f"num_return_sequences is {copies} without do_sample=True, where all would be the same; set that")
+    if copies > MAX_SAMPLES:
+        raise SamplingParamsError(f"num_return_sequences is {copies}; give at most {MAX_SAMPLES}")
+    # the samples of a prompt are one request, so that it is read once
+    each = [dataclasses.replace(params.sample(i * copies), n=copies) for i in range(len(prompts))]
+    results = [r for first in engine.generate(prompts, each) for r in (first, *first.alternatives)]
     fill = values.get("pad_token_id")
     fill = (_ends(values) or engine.eos_ids or (0,))[0] if fill is None else fill
     longest = max(len(result.token_ids) for result in results)

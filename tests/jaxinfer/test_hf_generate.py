@@ -24,9 +24,14 @@ class Engine:
     eos_ids = (9, 8)
 
     def generate(self, prompts, params):
-        self.prompts, self.params = prompts, params
-        counts = [2 if i == 1 else p.max_tokens for i, p in enumerate(params)]
-        return [SimpleNamespace(token_ids=[i + 1] * n) for i, n in enumerate(counts)]
+        self.prompts, self.params, self.rows = prompts, params, 0
+        return [self.result(p, p.n) for p in params]
+
+    def result(self, params, samples):
+        self.rows += 1
+        count = 2 if self.rows == 2 else params.max_tokens
+        token_ids = [self.rows] * count
+        return SimpleNamespace(token_ids=token_ids, alternatives=[self.result(params, 1) for _ in range(samples - 1)])
 
 
 class Tensor:
@@ -102,7 +107,10 @@ def test_several_of_each() -> None:
     engine = Engine()
     out = generate(engine, IDS, max_new_tokens=2, do_sample=True, num_return_sequences=3, seed=4)
     assert out.shape == (6, 6) and out[:3, :4].tolist() == [IDS[0]] * 3
-    assert [p.n for p in engine.params] == [1] * 6 and len({p.seed for p in engine.params}) == 6 and engine.params[0].seed == 4
+    assert out[:, 4].tolist() == [1, 2, 3, 4, 5, 6]
+    assert engine.prompts == IDS and [p.n for p in engine.params] == [3, 3]  # each prompt is read once
+    rows = [p.sample(i).seed for p in engine.params for i in range(3)]
+    assert rows == [SamplingParams(temperature=1.0, seed=4).sample(i).seed for i in range(6)]
 
 
 def test_generation_config() -> None:
@@ -129,6 +137,8 @@ def test_generation_config() -> None:
         ({"max_new_tokens": 3, "do_sample": True, "temperature": 0.0}, ["temperature is 0 with do_sample=True"]),
         ({"max_new_tokens": 3, "do_sample": "no"}, ["do_sample is 'no'"]),
         ({"max_new_tokens": 3, "num_return_sequences": 0}, ["num_return_sequences is 0"]),
+        ({"max_new_tokens": 3, "num_return_sequences": 2}, ["num_return_sequences is 2", "do_sample"]),
+        ({"max_new_tokens": 3, "num_return_sequences": 10**6, "do_sample": True}, ["num_return_sequences is 1000000", "at most"]),
         ({"max_new_tokens": 3, "max_new_token": 3}, ["no key 'max_new_token'", "did you mean 'max_new_tokens'"]),
         ({"max_new_tokens": 3, "streamer": 1}, ["no key 'streamer'"]),
         ({"max_new_tokens": 3, "do_sample": True, "top_p": 2.0}, ["top_p is 2.0"]),
