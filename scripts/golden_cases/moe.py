@@ -83,6 +83,22 @@ CASES = (
         },
         misread={"num_experts_per_tok": 3},
     ),
+    # one expert a token, whose weight is 1 whatever its logit; the head is the embedding
+    _mixtral(
+        name="mixtral_one",
+        config={"num_local_experts": 3, "num_experts_per_tok": 1, "tie_word_embeddings": True, "head_dim": 24},
+        misread={"num_experts_per_tok": 2},
+    ),
+    # every expert for every token, behind another activation, with rotations of another base
+    _mixtral(
+        name="mixtral_every",
+        config={
+            "num_local_experts": 2,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {"rope_type": "default", "rope_theta": 5e5},
+        },
+        misread={"hidden_act": "silu"},
+    ),
     _qwen(name="qwen3_moe", misread={"norm_topk_prob": False}),
     # every second layer has experts, and one of these after all has none
     _qwen(
@@ -100,5 +116,11 @@ CASES = (
         config={"use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1, "tie_word_embeddings": True},
         lengths=CROSSING,
         misread={"sliding_window": 7},
+    ),
+    # one expert a token, whose weight stays its share among all
+    _qwen(
+        name="qwen3_moe_one",
+        config={"num_experts": 5, "num_experts_per_tok": 1, "norm_topk_prob": False, "moe_intermediate_size": 40},
+        misread={"norm_topk_prob": True},
     ),
 )
