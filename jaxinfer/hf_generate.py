@@ -73,7 +73,9 @@ def generate(engine: Engine, input_ids: Any, attention_mask: Any = None, **keywo
     prompts, width = _prompts(input_ids, _mask(input_ids, attention_mask, values, engine.eos_ids))
     params, copies = _params(values, width), _whole(values.get("num_return_sequences", 1), "num_return_sequences")
     if copies > 1 and not params.temperature:
-        raise SamplingParamsError(f"num_return_sequences is {copies} without do_sample=True, where all would be the same; set that")
+        raise SamplingParamsError(
+            f"num_return_sequences is {copies} without do_sample=True, where all would be the same; set that"
+        )
     if copies > MAX_SAMPLES:
         raise SamplingParamsError(f"num_return_sequences is {copies}; give at most {MAX_SAMPLES}")
     # the samples of a prompt are one request, so that it is read once

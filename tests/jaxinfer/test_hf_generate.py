@@ -138,7 +138,10 @@ def test_generation_config() -> None:
         ({"max_new_tokens": 3, "do_sample": "no"}, ["do_sample is 'no'"]),
         ({"max_new_tokens": 3, "num_return_sequences": 0}, ["num_return_sequences is 0"]),
         ({"max_new_tokens": 3, "num_return_sequences": 2}, ["num_return_sequences is 2", "do_sample"]),
-        ({"max_new_tokens": 3, "num_return_sequences": 10**6, "do_sample": True}, ["num_return_sequences is 1000000", "at most"]),
+        (
+            {"max_new_tokens": 3, "num_return_sequences": 10**6, "do_sample": True},
+            ["num_return_sequences is 1000000", "at most"],
+        ),
         ({"max_new_tokens": 3, "max_new_token": 3}, ["no key 'max_new_token'", "did you mean 'max_new_tokens'"]),
         ({"max_new_tokens": 3, "streamer": 1}, ["no key 'streamer'"]),
         ({"max_new_tokens": 3, "do_sample": True, "top_p": 2.0}, ["top_p is 2.0"]),
