@@ -19,6 +19,7 @@ SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def pytest_addoption(parser):
     parser.addoption("--golden", metavar="DIR", help="golden cases of this folder instead of tests/golden")
+    parser.addoption("--fresh-seeds", action="store_true", help="random inputs of kernels that were never tried before")
 
 
 @pytest.fixture(scope="session", autouse=True)
