@@ -467,6 +467,7 @@ def unchanged_registry() -> Iterator[None]:
         registry.register(one.op, one.name, one.function, supports=one.supports, priority=one.priority, replace=True)
 
 
+@pytest.mark.slow
 def test_worker_runs_jaxinfer(quick_bandwidth, unchanged_registry, tmp_path, capsys):
     config = TINY | {"vocab_size": 5000, "max_position_embeddings": 256, "num_hidden_layers": 1}
     folder = golden_weights.write_folder(tmp_path / "model", config, golden_weights.make_tensors(tensor_shapes(config), seed=4))

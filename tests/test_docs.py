@@ -38,10 +38,8 @@ def cache_folder(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -
     return folder
 
 
-@pytest.mark.parametrize(
-    "page",
-    [pytest.param(p, id=p.name, marks=[] if p.name == "README.md" else [pytest.mark.slow]) for p in PAGES if blocks(p)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
 def test_examples_run(page: Path, cache_folder: Path, tmp_path: Path) -> None:
     """All blocks of a page, one after the other in a process of its own, in an empty folder."""
     env = os.environ | {"XDG_CACHE_HOME": str(cache_folder), "PYTHONPATH": str(ROOT)}

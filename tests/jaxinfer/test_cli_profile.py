@@ -88,6 +88,7 @@ def folder(tiny_model):
     return str(tiny_model(num_hidden_layers=2).folder)
 
 
+@pytest.mark.slow
 def test_a_real_trace(folder, tmp_path, capsys) -> None:
     out = tmp_path / "trace"
     # a native kernel is half a layer in one operation, and has no parts to tell apart

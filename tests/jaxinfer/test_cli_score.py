@@ -67,6 +67,7 @@ def test_numbers_are_those_of_a_forward_pass(run, folder):
     assert found["total"] == {key: text[key] for key in ("total_logprob", "nll", "perplexity")}
 
 
+@pytest.mark.slow
 def test_a_long_file_is_cut_into_windows(run, engine, tmp_path):
     file = tmp_path / "long.txt"
     file.write_text("The quick brown fox, and so on. " * 10)

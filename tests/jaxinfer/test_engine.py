@@ -315,7 +315,7 @@ def test_a_stop_string_ends_the_work(talking, monkeypatch) -> None:
     [
         ("bfloat16", 0.03),
         ("int8", 0.06),
-        ("int4", 0.4),
+        pytest.param("int4", 0.4, marks=pytest.mark.slow),
         pytest.param("fp8", 0.2, marks=pytest.mark.slow),
         pytest.param("float16", 0.004, marks=pytest.mark.slow),
     ],
@@ -333,13 +333,8 @@ def test_cache_of_fewer_bits(make_engine, logits_of, dtype: str, tolerance: floa
     assert 0 < distance.max() < tolerance
 
 
-@pytest.mark.parametrize(
-    ("dtype", "tp", "pp"),
-    [
-        ("int4", 2, 2),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in [("int4", 3, 1), ("int4", 1, 2), ("fp8", 2, 2)]),
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("dtype", "tp", "pp"), [("int4", 2, 2), ("int4", 3, 1), ("int4", 1, 2), ("fp8", 2, 2)])
 def test_a_cache_of_fewer_bits_is_the_same_on_every_mesh(make_engine, dtype: str, tp: int, pp: int) -> None:
     """Slots that are used again, longer texts than a group of int4 keys, prompts that end within one; alone, in batches and on meshes."""
     prompts = [list(PROMPTS[i]) * n for i, n in ((1, 1), (2, 7), (0, 1), (3, 4), (2, 1), (5, 3), (1, 9))]

@@ -107,6 +107,7 @@ def engine_of(folder: Path, **keys) -> jaxinfer.Engine:
     return jaxinfer.init_inference(folder, CONFIG | keys)
 
 
+@pytest.mark.slow
 def test_a_fresh_process_compiles_nothing(compiled_model, model) -> None:
     """On one device and on a mesh, with donated states; and says what an engine says that compiles."""
     configs = [CONFIG, CONFIG | TWO]

@@ -39,11 +39,11 @@ CONFIG: dict[str, Any] = {
 }
 PROMPTS = [[5, 9, 2], [17, 3, 88, 41, 2, 60, 33]]
 NEW = 8
-DEFAULT = ("gptq_act_order", "awq")  # of two devices; the others are the full product
+MARKS = {("awq", 2): (), ("gptq_act_order", 2): pytest.mark.slow}  # the others are the full product
 cases = pytest.mark.parametrize(
     ("name", "tp"),
     [
-        pytest.param(name, tp, marks=() if name in DEFAULT and tp == 2 else pytest.mark.full, id=f"{name}-tp{tp}")
+        pytest.param(name, tp, marks=MARKS.get((name, tp), pytest.mark.full), id=f"{name}-tp{tp}")
         for name in FORMATS
         for tp in (1, 2)
     ],

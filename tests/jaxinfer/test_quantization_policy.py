@@ -176,6 +176,7 @@ def test_a_pattern_that_matches_nothing(tiny: TinyModel, values: dict) -> None:
         jaxinfer.init_inference(tiny.folder, {"quantization": values})
 
 
+@pytest.mark.slow
 def test_mixed_forms_run_on_meshes(make_engine, tiny: TinyModel) -> None:
     """Every form in one model: the same greedy tokens alone and split over two shards."""
     rules = {"*.q": "fp8-g24-a16", "*.mlp.gate": "w8a8-g24", "*.mlp.down": "mxfp4", "*.mlp.up": "bfloat16"}

@@ -82,7 +82,8 @@ def sampled(model) -> list[int]:
 # --- one device
 
 
-@pytest.mark.parametrize("name", [n if n in SHORT else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
 def test_alone(model, name: str) -> None:
     check(generate(model(), [name]), "alone")
 
@@ -95,11 +96,13 @@ def test_streamed(model) -> None:
     assert whole.text == text == CASES["english"]["text"] and text.startswith(" Paris.")
 
 
+@pytest.mark.slow
 def test_sampled_text_is_streamed_alike(model, sampled) -> None:
     assert sampled != CASES["english"]["ids"]
     assert streamed(model(), "english", SAMPLED)[0] == sampled
 
 
+@pytest.mark.slow
 def test_one_padded_batch(model, sampled) -> None:
     check(generate(model(), ALL), "in one padded batch")
     assert sampled_in_a_batch(model()) == sampled
@@ -108,6 +111,7 @@ def test_one_padded_batch(model, sampled) -> None:
 # --- meshes
 
 
+@pytest.mark.slow
 def test_tensor_parallel(model, sampled) -> None:
     """Two devices: 9 heads and 3 kv heads do not divide."""
     check(generate(model(tp=2), SHORT), "at TP 2")

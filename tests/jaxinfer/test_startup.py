@@ -123,6 +123,7 @@ def test_only_the_last_few_sets_of_programs_are_kept(monkeypatch) -> None:
     assert len(programs._shared) == programs.SHARED_SETS
 
 
+@pytest.mark.slow
 def test_programs_hold_no_weights_and_no_functions_of_users(model) -> None:
     """Sets of programs outlive engines."""
 
@@ -178,7 +179,7 @@ def test_what_cannot_be_asked_is_refused_before_weights_are_read(model, monkeypa
     "keys",
     [
         {},
-        {"batch_invariant": True},
+        pytest.param({"batch_invariant": True}, marks=pytest.mark.slow),
         pytest.param({"engine": {"pipeline_parallel_size": 2}}, marks=pytest.mark.slow),
         pytest.param({"engine": {"data_parallel_size": 2}}, marks=pytest.mark.slow),
     ],

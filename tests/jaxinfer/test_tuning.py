@@ -24,6 +24,7 @@ def here(tmp_path, monkeypatch):
     forget()
 
 
+@pytest.mark.slow
 def test_tiles_of_a_model_are_measured_and_taken(tiny, here, monkeypatch):
     config = EngineConfig.load({"inference_max_tokens": 32, "micro_batch_size": 1, "dtype": "bfloat16"})
     tasks = tuning.tasks(tiny.folder, config, TRAFFIC, gpu="h100")
