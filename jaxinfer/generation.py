@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxinfer.models.decoder import cached_layers, embed, head_logits, prefill_layers
+from jaxinfer.models.decoder import LayerSpec, cached_layers, embed, head_logits, prefill_layers
 from jaxinfer.placement import Plan
 from jaxinfer.sampling import Choice, NumberedProcessors, Past, SamplingArrays, choose_tokens, vocab_shards
 from pallas_kernels.layer_cache import LayerCache
@@ -97,10 +97,10 @@ def _used(plan: Plan):
     return None if all(map(all, used)) else jnp.asarray(used)[plan.context.stage_index()]
 
 
-def _pipeline(weights, x, lengths, plan: Plan) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+def _pipeline(weights, x, lengths, plan: Plan, spec: LayerSpec) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """Rows [B, T, D] through all stages -> (the last stage's output [B, T, D], zeros elsewhere; this stage's fresh caches [B, K, T, H])."""
     ctx, P = plan.context, plan.context.stages
-    run = functools.partial(prefill_layers, config=plan.config, spec=plan.layer_spec, ctx=ctx, used=_used(plan))
+    run = functools.partial(prefill_layers, config=plan.config, spec=spec, ctx=ctx, used=_used(plan))
     if P == 1:
         return run(weights.layers, x, lengths)
     rows = x.shape[0]
@@ -150,7 +150,7 @@ def prefill(
     alternatives to report for the prompts' own tokens (static); None reports nothing of them.
     """
     ctx = plan.context
-    x, caches = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)
+    x, caches = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan, plan.layer_spec.kept_in(cache_dtype))
     own = None
     if prompt is not None:
         x = ctx.from_last_stage(x)
@@ -408,7 +408,7 @@ def forward(weights, tokens, lengths, *, plan: Plan) -> jax.Array:
     all expert shards.
     """
     ctx = plan.context
-    x, _ = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan)
+    x, _ = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan, plan.layer_spec)
     logits = head_logits(weights, ctx.from_last_stage(x), plan.config, ctx)
     return ctx.gather_vocab(logits)[..., : plan.config.vocab]
 
@@ -455,7 +455,7 @@ def _prompt_choices(weights, x, tokens, lengths, plan: Plan, top: int) -> Choice
 
 def score(weights, tokens, lengths, *, plan: Plan) -> Scores:
     """Log-probability of every token given those before it. tokens int32 [B, T], padded on the right; lengths int32 [B]."""
-    x, _ = _pipeline(weights, embed(weights, tokens, plan.context), lengths, plan)
+    x, _ = _pipeline(weights, embed(weights, tokens, plan.context), lengths, plan, plan.layer_spec)
 
     def look(logits, token):
         shards = vocab_shards(plan.context, logits.shape[-1])

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -86,10 +86,11 @@ def tasks(
 
 
 @contextlib.contextmanager
-def shapes_of_llama(layers: int = 1) -> Iterator[Path]:
-    """A checkpoint of Llama-3.1-8B's shapes whose file has a beginning that describes it, and a hole in place of the weights."""
-    width, mlp, vocab = LLAMA["hidden_size"], LLAMA["intermediate_size"], LLAMA["vocab_size"]
-    heads = width * LLAMA["num_key_value_heads"] // LLAMA["num_attention_heads"]
+def shapes_of_llama(layers: int = 1, shape: Mapping[str, Any] = LLAMA) -> Iterator[Path]:
+    """A checkpoint of Llama-3.1-8B's shapes whose file has a beginning that describes it, and a hole in place of the weights. shape: a
+    config.json of its kind with other sizes."""
+    width, mlp, vocab = shape["hidden_size"], shape["intermediate_size"], shape["vocab_size"]
+    heads = width * shape["num_key_value_heads"] // shape["num_attention_heads"]
     layer: dict[str, tuple[int, ...]] = {"input_layernorm": (width,), "post_attention_layernorm": (width,)}
     layer |= {f"self_attn.{name}_proj": (width, width) for name in "qo"}
     layer |= {f"self_attn.{name}_proj": (heads, width) for name in "kv"}
@@ -101,16 +102,16 @@ def shapes_of_llama(layers: int = 1) -> Iterator[Path]:
     }
     shapes |= {f"model.layers.{i}.{name}": shape for i in range(layers) for name, shape in layer.items()}
     header, end = {}, 0
-    for name, shape in shapes.items():
-        begin, end = end, end + 2 * int(np.prod(shape))
-        header[f"{name}.weight"] = {"dtype": "BF16", "shape": shape, "data_offsets": [begin, end]}
+    for name, size in shapes.items():
+        begin, end = end, end + 2 * int(np.prod(size))
+        header[f"{name}.weight"] = {"dtype": "BF16", "shape": size, "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with tempfile.TemporaryDirectory() as folder:
         with open(Path(folder) / "model.safetensors", "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             file.truncate(file.tell() + end)
-        (Path(folder) / "config.json").write_text(json.dumps(LLAMA | {"num_hidden_layers": layers}))
+        (Path(folder) / "config.json").write_text(json.dumps({**shape, "num_hidden_layers": layers}))
         yield Path(folder)
 
 

@@ -51,12 +51,11 @@ class ParallelContext:
             return collectives.leave_hosts(x, hosts, local, self.int8_hosts)
         return collectives.leave(x, self.tensor) if self.tensor else x
 
-    def on_first_rank(self, x):
-        """The share of a replicated `x` in a partial sum: all of it on tensor rank 0. `x` has been through `enter`, else its gradient
-        would live on that rank alone."""
-        if not self.tensor or x is None:
-            return x
-        return jnp.where(lax.axis_index(self.tensor) == 0, x, 0)
+    @property
+    def lead(self):
+        """Whether this shard adds what is replicated to a partial sum, bool scalar, as tensor rank 0 does; None: there is no other. What it
+        adds has been through `enter`, else its gradient would live on that rank alone."""
+        return lax.axis_index(self.tensor) == 0 if self.tensor else None
 
     def same_rows(self, x, replicas: int, first: int):
         """`x`, whose rows from `first` on are the same on `replicas` neighbouring tensor shards (a gradient rule only)."""

@@ -25,6 +25,7 @@ from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
 from pallas_kernels.norm import norm
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.shares import share
 from sharding.context import ALONE, ParallelContext
 from sharding.partition import HeadSplit
 
@@ -76,6 +77,12 @@ class LayerSpec:
     moe: MoESpec | None = None
     heads: HeadSplit | None = None
     windows: tuple[tuple[int, ...], ...] | None = None
+
+    def kept_in(self, cache_dtype) -> "LayerSpec":
+        """The same layer, whose fresh keys and values go into a cache of this dtype; of bytes and nibbles, bfloat16 leaves enough."""
+        kept = jnp.dtype(cache_dtype)
+        fresh = "bfloat16" if kept.itemsize == 1 else kept.name
+        return dataclasses.replace(self, attention=dataclasses.replace(self.attention, fresh=fresh))
 
 
 ALL_KEYS = 2**31 - 1  # the window of a layer that has none, beside layers that have one
@@ -255,10 +262,8 @@ def attention_half(
     with jax.named_scope("attention_block"):
         a, post, entered = weights.attention, weights.attention_post_norm, ctx.enter(x)
         # what every shard holds and uses for its own heads: its gradient is summed over them
-        shared = {name: ctx.enter(getattr(a, name)) for name in ("norm", "norm_bias", "q_norm", "k_norm")}
-        own = dataclasses.replace(
-            a, out_bias=ctx.on_first_rank(ctx.enter(a.out_bias)), **shared, **_of_shared_heads(a, spec, ctx)
-        )
+        shared = {name: ctx.enter(getattr(a, name)) for name in ("norm", "norm_bias", "q_norm", "k_norm", "out_bias")}
+        own = dataclasses.replace(a, **shared, **_of_shared_heads(a, spec, ctx))
         y, cache = attention_block(
             entered,
             own,
@@ -267,7 +272,8 @@ def attention_half(
             angles=angles,
             positions=positions,
             rows=rows,
-            residual=ctx.on_first_rank(entered) if post is None else None,
+            residual=entered if post is None else None,
+            lead=ctx.lead,
             window=window,
             max_over_shards=ctx.max_over_tensor,
         )
@@ -300,15 +306,15 @@ def mlp_half(weights: LayerWeights, x, *, spec: LayerSpec, ctx: ParallelContext)
     """The MLP of a layer, or its experts, with its residual: x -> x, see `layer`."""
     with jax.named_scope("mlp_block"):
         m, post, entered = weights.mlp, weights.mlp_post_norm, ctx.enter(x)
-        residual = ctx.on_first_rank(entered) if post is None else None
+        residual = entered if post is None else None
         if isinstance(m, MoEWeights):
             assert spec.moe is not None
             mine = dataclasses.replace(m, norm=ctx.enter(m.norm), router=ctx.enter(m.router))
-            y = moe_block(entered, mine, spec=spec.moe, ctx=ctx, residual=residual)
+            y = moe_block(entered, mine, spec=spec.moe, ctx=ctx, residual=share(ctx.lead, residual))
         else:
-            shared = {name: ctx.enter(getattr(m, name)) for name in ("norm", "norm_bias")}
-            own = dataclasses.replace(m, down_bias=ctx.on_first_rank(ctx.enter(m.down_bias)), **shared)
-            y = mlp_block(entered, own, spec=spec.mlp, residual=residual, max_over_shards=ctx.max_over_tensor)
+            shared = {name: ctx.enter(getattr(m, name)) for name in ("norm", "norm_bias", "down_bias")}
+            own, shards = dataclasses.replace(m, **shared), {"lead": ctx.lead, "max_over_shards": ctx.max_over_tensor}
+            y = mlp_block(entered, own, spec=spec.mlp, residual=residual, **shards)
         return _after(x, ctx.leave(y), post, spec.mlp)
 
 

@@ -1,6 +1,7 @@
 """Attention over a cache of keys and values: many query tokens (prefill, training) or few (decode)."""
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
 from pallas_kernels.attention.terms import AttentionTerms, check_terms
@@ -10,6 +11,8 @@ from pallas_kernels.registry import choose, register, register_file
 
 register("attention", "reference", reference.attention)
 register_file("attention", "pallas", "pallas_kernels.attention.pallas")
+# behind the others until it was measured beside them; by name it runs on Hopper
+register_file("attention", "mosaic", "pallas_kernels.attention.mosaic", priority=-5)
 register_file("attention", "cudnn", "pallas_kernels.attention.cudnn", priority=-10)  # behind the reference: where it is named
 
 PLAIN = AttentionTerms()
@@ -25,6 +28,7 @@ def attention(
     soft_cap: float | None = None,
     window: jax.Array | None = None,
     terms: AttentionTerms = PLAIN,
+    out_dtype=jnp.float32,
     implementation: str | None = None,
 ) -> jax.Array:
     """Grouped attention with float32 softmax.
@@ -37,7 +41,7 @@ def attention(
     of a table can be read. positions: int32 [B, T], or None for 0 .. T-1. scale: of the scores. soft_cap: positive, or None. window: int32
     scalar of at least 1, or None to see all keys up to p; an array, so that layers that differ in it share a program. terms: see
     `AttentionTerms`; without its causality a query sees all keys of its sequence, within a window those with |p - j| < window.
-    Returns float32 [B, T, N, H]; a query that sees no key gets 0. Differentiable. Raises ShapeError.
+    Returns out_dtype [B, T, N, H], rounded once at the end; a query that sees no key gets 0. Differentiable. Raises ShapeError.
     Source: Vaswani et al. 2017, arXiv:1706.03762; groups, Ainslie et al. 2023, arXiv:2305.13245; windows, Beltagy et al. 2020,
     arXiv:2004.05150; soft caps, Gemma 2, arXiv:2408.00118; block tables, Kwon et al. 2023, arXiv:2309.06180.
     """
@@ -72,4 +76,14 @@ def attention(
         causal=terms.causal,
         terms=terms.given,
     )
-    return run.function(q, cache, rows=rows, positions=positions, scale=scale, soft_cap=soft_cap, window=window, terms=terms)
+    return run.function(
+        q,
+        cache,
+        rows=rows,
+        positions=positions,
+        scale=scale,
+        soft_cap=soft_cap,
+        window=window,
+        terms=terms,
+        out_dtype=jnp.dtype(out_dtype),
+    )

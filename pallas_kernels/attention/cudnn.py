@@ -36,7 +36,7 @@ def supports_attention(target, facts) -> bool | str:
     return True
 
 
-def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms):
+def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms, out_dtype):
     del positions, soft_cap, window  # there are none
     own = cache.take(rows)
     k, v = jnp.swapaxes(own.k, 1, 2), jnp.swapaxes(own.v, 1, 2)
@@ -51,7 +51,7 @@ def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms):
             is_causal=terms.causal,
             key_value_seq_lengths=lengths,
             implementation="cudnn",
-        ).astype(jnp.float32)
+        ).astype(out_dtype)
     except RuntimeError as error:  # jax looks for the library when it traces
         raise BackendError(f"attention: 'cudnn' cannot run here: {error} Install cuDNN, or name another") from error
-    return out if lengths is None else jnp.where((terms.lengths > 0)[:, None, None, None], out, 0.0)
+    return out if lengths is None else jnp.where((terms.lengths > 0)[:, None, None, None], out, 0)

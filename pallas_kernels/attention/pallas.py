@@ -73,17 +73,18 @@ def supports_attention(target, facts) -> bool | str:
     return pallas_kernel.cache_refusal(target, facts) or True
 
 
-def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms):
-    return _attention(scale, soft_cap, q, cache, rows, positions_of(positions, q), window, terms)
+def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms, out_dtype):
+    positions = None if positions is None else positions.astype(jnp.int32)
+    return _attention(scale, soft_cap, out_dtype, q, cache, rows, positions, window, terms)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention(scale, soft_cap, q, cache, rows, positions, window, terms):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _attention(scale, soft_cap, out_dtype, q, cache, rows, positions, window, terms):
     shape = _shape(scale, soft_cap, q, cache, rows, terms)
     tile = shape.tile
     if tile.splits == 1:
-        return _launch(q, cache, rows, positions, window, terms, shape=shape, saved=())["out"]
-    found = _launch(q, cache, rows, positions, window, terms, shape=shape, saved=())
+        return _launch(q, cache, rows, positions, window, terms, shape=shape, out_dtype=out_dtype, saved=())["out"]
+    found = _launch(q, cache, rows, positions, window, terms, shape=shape, out_dtype=out_dtype, saved=())
     if terms.sinks is not None:
         found["sinks"] = terms.sinks
     B, K = q.shape[0], cache.k.shape[1]
@@ -91,7 +92,7 @@ def _attention(scale, soft_cap, q, cache, rows, positions, window, terms):
         functools.partial(pallas_kernel.reduce, names=(*found, "out"), shape=shape),
         *found.values(),
         name="decode_reduce",
-        out=jax.ShapeDtypeStruct(q.shape, jnp.float32),
+        out=jax.ShapeDtypeStruct(q.shape, out_dtype),
         grid=(B, K, shape.queries * shape.group),
         warps=max(1, tile.splits * shape.width // 1024),
     )
@@ -131,7 +132,7 @@ def _shape(scale, soft_cap, q, cache, rows, terms, *, split: bool = True) -> Sha
     )
 
 
-def _launch(q, cache, rows, positions, window, terms, *, shape, saved) -> dict[str, jax.Array]:
+def _launch(q, cache, rows, positions, window, terms, *, shape, out_dtype, saved) -> dict[str, jax.Array]:
     """The first launch: the result and what of it is `saved`, or the partial sums of the splits."""
     B, T, N, H = q.shape
     K, tile = cache.k.shape[1], shape.tile
@@ -140,7 +141,7 @@ def _launch(q, cache, rows, positions, window, terms, *, shape, saved) -> dict[s
         given["rows" if rows.ndim == 1 else "tables"] = rows.astype(jnp.int32)
     given |= {name: a for name in ("k", "v", "k_scale", "v_scale") if (a := getattr(cache, name)) is not None}
     if tile.splits == 1:
-        out = {"out": jax.ShapeDtypeStruct((B, T, N, H), jnp.float32)}
+        out = {"out": jax.ShapeDtypeStruct((B, T, N, H), out_dtype)}
         out |= {name: jax.ShapeDtypeStruct((B, T, N), jnp.float32) for name in saved}
     else:
         given.pop("sinks", None)
@@ -161,18 +162,18 @@ def _launch(q, cache, rows, positions, window, terms, *, shape, saved) -> dict[s
 
 def shared_operands(positions, window, terms) -> dict[str, jax.Array]:
     """What every kernel takes beside queries, keys and values."""
-    given = {"positions": positions}
+    given = {} if positions is None else {"positions": positions}
     given |= {} if window is None else {"window": window.astype(jnp.int32).reshape(1)}
     return given | {name: getattr(terms, name) for name in terms.given}
 
 
-def _forward(scale, soft_cap, q, cache, rows, positions, window, terms):
+def _forward(scale, soft_cap, out_dtype, q, cache, rows, positions, window, terms):
     shape = _shape(scale, soft_cap, q, cache, rows, terms, split=False)
-    found = _launch(q, cache, rows, positions, window, terms, shape=shape, saved=("lse",))
-    return found["out"], (q, cache, rows, positions, window, terms, found)
+    found = _launch(q, cache, rows, positions, window, terms, shape=shape, out_dtype=jnp.float32, saved=("lse",))
+    return found["out"].astype(out_dtype), (q, cache, rows, positions, window, terms, found)
 
 
-def _backward(scale, soft_cap, kept, gradient):
+def _backward(scale, soft_cap, out_dtype, kept, gradient):
     q, cache, rows, positions, window, terms, found = kept
 
     def floats(cache: LayerCache):
@@ -188,7 +189,7 @@ def _backward(scale, soft_cap, kept, gradient):
         k,
         v,
         gradient.astype(jnp.float32),
-        operands=shared_operands(positions, window, terms),
+        operands=shared_operands(positions_of(positions, q), window, terms),
         out=found["out"],
         lse=found["lse"],
         scale=scale,

@@ -63,7 +63,9 @@ def queries_of(ref, shape: Shape, b, kv_head, first, count: int) -> Queries:
     row = first + jnp.arange(count)
     asked = row < shape.queries * shape.group
     token, member = row // shape.group, row % shape.group
-    at = triton.load(ref["positions"].at[jnp.broadcast_to(b, row.shape), token], mask=asked, other=-1)
+    at = jnp.where(asked, token, -1)
+    if "positions" in ref:
+        at = triton.load(ref["positions"].at[jnp.broadcast_to(b, row.shape), token], mask=asked, other=-1)
     end = jnp.int32(shape.tokens) if "lengths" not in ref else jnp.minimum(ref["lengths"][b], shape.tokens)
     last = jnp.minimum(at, end - 1) if shape.causal else jnp.where(asked, end - 1, -1)
     return Queries(asked=asked, token=token, head=kv_head * shape.group + member, at=at, last=last)
@@ -238,7 +240,9 @@ def forward(*refs, names, shape):
         new = jnp.maximum(largest, sink)
         shrink = jnp.exp2(largest - new)
         sums, largest, total = sums * shrink[:, None], new, total * shrink + jnp.exp2(sink - new)
-    triton.store(ref["out"].at[where], sums / jnp.where(total == 0, 1.0, total)[:, None], mask=inside)
+    triton.store(
+        ref["out"].at[where], (sums / jnp.where(total == 0, 1.0, total)[:, None]).astype(ref["out"].dtype), mask=inside
+    )
     if "lse" in ref:
         lse = jnp.where(total == 0, -NOTHING, largest + jnp.log2(jnp.where(total == 0, 1.0, total)))
         triton.store(ref["lse"].at[jnp.broadcast_to(b, lse.shape), queries.token, queries.head], lse, mask=queries.asked)
@@ -265,4 +269,4 @@ def reduce(*refs, names, shape):
         whole = whole + jnp.exp2(sink - top)
     out = jnp.sum(sums * weights[:, None], 0) / jnp.where(whole == 0, 1.0, whole)
     where = (b, query // shape.group, member, masked_slice(0, shape.width))
-    triton.store(ref["out"].at[where], out, mask=jnp.arange(shape.width) < shape.size)
+    triton.store(ref["out"].at[where], out.astype(ref["out"].dtype), mask=jnp.arange(shape.width) < shape.size)

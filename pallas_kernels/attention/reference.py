@@ -11,7 +11,7 @@ from pallas_kernels.precision import dot_precision
 MASKED = -1e30  # finite, so that a row that sees nothing gives no NaN
 
 
-def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms):
+def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms, out_dtype):
     B, T, N, H = q.shape
     own, at = gathered(cache, rows), positions_of(positions, q)
     if own.format == "int4":
@@ -48,7 +48,7 @@ def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms):
     out = _dot("bkqs,bksh->bkqh", weights, own.v) / total  # H divisions a head and not S
     out = jnp.swapaxes(out.reshape(B, K, N // K, T, H), 2, 3).swapaxes(1, 2).reshape(B, T, N, H)
     # a query that sees no key gives zeros; to mask the weights would be one more array of the size of the scores
-    return jnp.where(jnp.any(seen, -1)[:, :, None, None], out, 0.0)
+    return jnp.where(jnp.any(seen, -1)[:, :, None, None], out, 0.0).astype(out_dtype)
 
 
 def gathered(cache: LayerCache, rows) -> LayerCache:

@@ -55,7 +55,8 @@ class AttentionWeights:
 class AttentionSpec:
     """What is fixed when a program is compiled. group: query heads per kv head on this shard. scale, soft_cap: of the scores, see
     `attention`. norm: one of `norm.KINDS`, of x and of the heads of q and k alike; eps: theirs. integer: products of queries and keys, and
-    of weights and values, are of 8-bit levels, see `integer_attention`."""
+    of weights and values, are of 8-bit levels, see `integer_attention`. fresh: what keys and values of a fresh cache may be rounded to
+    before they are attended, because their caller keeps no more of them; devices that multiply it faster than float32 do."""
 
     head_dim: int
     group: int
@@ -64,6 +65,7 @@ class AttentionSpec:
     norm: str = "rms"
     soft_cap: float | None = None
     integer: bool = False
+    fresh: str = "float32"
 
 
 def attention_block(
@@ -77,6 +79,7 @@ def attention_block(
     rows=None,
     write=None,
     residual=None,
+    lead: jax.Array | None = None,
     window: jax.Array | None = None,
     max_over_shards: Callable | None = None,
     implementation: str | None = None,
@@ -85,10 +88,11 @@ def attention_block(
 
         y = residual + W_o attention(rope(norm(W_q n + b_q)), rope(norm(W_k n + b_k)), W_v n + b_v) + b_o,     n = norm(x)
 
-    x: float32 [B, T, D]. cache: what keys and values are written to and attended over, or None: the tokens attend to each other and
-    their fresh cache [B, K, T, H] comes back. angles: cos and sin, float32 [B, T, R/2], or None for no rotation. positions: int32
-    [B, T]. rows, write: see `rope_cache`. residual: float32 [B, T, D] or None; under tensor parallelism y is a partial sum, so only
-    one shard passes it (and out_bias). window: int32 scalar or None, see `attention`. max_over_shards: see `quant_matmul`.
+    x: float32 [B, T, D]. cache: what keys and values are written to and attended over, or None: the tokens attend to each other and their
+    fresh cache [B, K, T, H] comes back, in float32 or spec.fresh. angles: cos and sin, float32 [B, T, R/2], or None for no rotation.
+    positions: int32 [B, T]. rows, write: see `rope_cache`. residual: float32 [B, T, D] or None. lead: bool scalar, whether residual and
+    out_bias go into this shard's y, a partial sum under tensor parallelism; None: they do. window: int32 scalar or None, see `attention`.
+    max_over_shards: see `quant_matmul`.
     Returns y, float32 [B, T, D], and the cache. Raises ShapeError.
     """
     if spec.norm not in KINDS:
@@ -126,6 +130,7 @@ def attention_block(
         rows=rows,
         write=write,
         residual=residual,
+        lead=lead,
         window=window,
         max_over_shards=max_over_shards,
     )

@@ -12,7 +12,9 @@ from pallas_kernels.attention import attention
 from pallas_kernels.launch import gpu_refusal
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import norm
+from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
+from pallas_kernels.quant_matmul.tiles import SMALL
 from pallas_kernels.rope_cache import reference as rope_reference
 from pallas_kernels.rope_cache.pallas import WIDEST, HeadNorm, cache_refusal, rope_cache_joined
 
@@ -30,7 +32,7 @@ def supports_attention_block(target, facts) -> bool | str:
     return True if size <= WIDEST else f"heads of {size} do not fit the registers of a block, at most {WIDEST} do"
 
 
-def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, window, max_over_shards):
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, max_over_shards):
     B, T, _ = x.shape
     with jax.named_scope("qkv"):
         first = Norm(kind=spec.norm, eps=spec.eps, scale=weights.norm, bias=weights.norm_bias)
@@ -39,14 +41,18 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
     with jax.named_scope("rope_cache"):
         norms = None if weights.q_norm is None else (weights.q_norm, weights.k_norm)
         if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))  # as the fresh cache numbers them
-            rows = write = None
+            positions = rows = write = None  # tokens are numbered as in the fresh cache
         q, cache = _turn_and_write(spec, heads, norms, angles, cache, rows, positions, write)
     with jax.named_scope("attention"):
-        o = attention(q, cache, rows=rows, positions=positions, scale=spec.scale, soft_cap=spec.soft_cap, window=window)
+        scores = {"scale": spec.scale, "soft_cap": spec.soft_cap, "window": window}
+        # XLA's product of many rows takes its operands in the dtype of the weight
+        wide = B * T <= SMALL or isinstance(weights.out, QTensor)
+        out_dtype = jnp.float32 if wide else weights.out.dtype
+        o = attention(q, cache, rows=rows, positions=positions, out_dtype=out_dtype, **scores)
     with jax.named_scope("out"):
+        shards = {"lead": lead, "max_over_shards": max_over_shards}
         biases = () if weights.out_bias is None else (weights.out_bias,)
-        y = fused_matmul(o.reshape(B, T, -1), (weights.out,), biases=biases, residual=residual, max_over_shards=max_over_shards)
+        y = fused_matmul(o.reshape(B, T, -1), (weights.out,), biases=biases, residual=residual, **shards)
     return y, cache
 
 
@@ -56,7 +62,7 @@ def _turn_and_write(spec, heads, norms, angles, cache, rows, positions, write):
     B, T, joined, H = heads.shape
     kv_heads = joined // (spec.group + 2)
     if cache is None:
-        cache = jax.eval_shape(lambda: LayerCache.zeros(rows=B, kv_heads=kv_heads, tokens=T, head_dim=H, dtype=jnp.float32))
+        cache = jax.eval_shape(lambda: LayerCache.zeros(rows=B, kv_heads=kv_heads, tokens=T, head_dim=H, dtype=spec.fresh))
     cos, sin = angles or (None, None)
     head_norm = norms and HeadNorm(kind=spec.norm, eps=spec.eps, q=norms[0], k=norms[1])
     return rope_cache_joined(
@@ -82,7 +88,7 @@ def _composed(spec, heads, norms, angles, cache, rows, positions, write):
     if cache is None:
         if angles is not None:
             q, k = rope_reference.rope(q, cos, sin), rope_reference.rope(k, cos, sin)
-        return q, LayerCache(k=jnp.swapaxes(k, 1, 2), v=jnp.swapaxes(v, 1, 2))
+        return q, LayerCache(**{n: jnp.swapaxes(a, 1, 2).astype(spec.fresh) for n, a in (("k", k), ("v", v))})
     return rope_reference.rope_cache(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write)
 
 

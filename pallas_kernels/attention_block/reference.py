@@ -9,9 +9,10 @@ from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.rope_cache import rope, rope_cache
+from pallas_kernels.shares import share
 
 
-def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, window, max_over_shards):
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, max_over_shards):
     B, T, _ = x.shape
     H, G = spec.head_dim, spec.group
     with jax.named_scope("norm"):
@@ -41,5 +42,5 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
         o = attend(q, cache, rows=rows, positions=positions, scale=spec.scale, soft_cap=spec.soft_cap, window=window)
         o = o.reshape(B, T, -1)
     with jax.named_scope("out"):
-        y = quant_matmul(o, weights.out, bias=weights.out_bias, max_over_shards=max_over_shards)
-        return (y if residual is None else residual + y), cache
+        y = quant_matmul(o, weights.out, bias=share(lead, weights.out_bias), max_over_shards=max_over_shards)
+        return (y if residual is None else share(lead, residual) + y), cache

@@ -3,6 +3,7 @@
 Gradients are those of the reference: a call has none of its own. Under vmap a call runs once for each element.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 from pallas_kernels.cpu import library, operands
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.qtensor import QTensor
+from pallas_kernels.shares import share
 
 PRIORITY = 20  # above the dots of XLA
 NORMS = {"rms": 0, "rms_offset": 1, "layer": 2}
@@ -42,7 +44,9 @@ def supports_attention_block(target, facts) -> bool | str:
     return reason or True
 
 
-def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, window, max_over_shards):
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, max_over_shards):
+    weights = dataclasses.replace(weights, out_bias=share(lead, weights.out_bias))
+    residual = share(lead, residual)
     return _attention_block(spec, max_over_shards, x, weights, cache, angles, positions, rows, write, residual, window)
 
 
@@ -100,7 +104,7 @@ def _attention_backward(spec, max_over_shards, arrays, gradient):
 
     def run(x, weights, cache, *rest):
         named = dict(zip(names, rest, strict=True))
-        return reference.attention_block(x, weights, cache, spec=spec, max_over_shards=max_over_shards, **named)
+        return reference.attention_block(x, weights, cache, spec=spec, lead=None, max_over_shards=max_over_shards, **named)
 
     return jax.vjp(run, *arrays)[1](gradient)
 
@@ -119,8 +123,9 @@ def supports_mlp_block(target, facts) -> bool | str:
     return reason or operands.refusal(weights.down, facts["max_over_shards"] is not None) or True
 
 
-def mlp_block(x, weights, *, spec, residual, max_over_shards):
-    return _mlp_block(spec, max_over_shards, x, weights, residual)
+def mlp_block(x, weights, *, spec, residual, lead, max_over_shards):
+    weights = dataclasses.replace(weights, down_bias=share(lead, weights.down_bias))
+    return _mlp_block(spec, max_over_shards, x, weights, share(lead, residual))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -149,7 +154,7 @@ def _mlp_backward(spec, max_over_shards, arrays, gradient):
     from pallas_kernels.mlp_block import reference
 
     def run(x, weights, residual):
-        return reference.mlp_block(x, weights, spec=spec, residual=residual, max_over_shards=max_over_shards)
+        return reference.mlp_block(x, weights, spec=spec, residual=residual, lead=None, max_over_shards=max_over_shards)
 
     return jax.vjp(run, *arrays)[1](gradient)
 

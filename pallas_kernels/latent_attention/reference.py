@@ -14,7 +14,6 @@ def latent_attention(q, cache, *, values, positions, scale, rows, scales):
         keys = dequantised = cache.astype(jnp.float32) * scales[..., None]
     latent = jnp.where(jnp.arange(keys.shape[-1]) < values, dequantised, 0).astype(keys.dtype)
     own = LayerCache(k=keys[:, None], v=latent[:, None])
-    out = reference.attention(
-        q, own, rows=rows, positions=positions, scale=scale, soft_cap=None, window=None, terms=AttentionTerms()
-    )
+    rest = {"soft_cap": None, "window": None, "terms": AttentionTerms(), "out_dtype": jnp.float32}
+    out = reference.attention(q, own, rows=rows, positions=positions, scale=scale, **rest)
     return out[..., :values]

@@ -57,6 +57,7 @@ def mlp_block(
     *,
     spec: MLPSpec,
     residual=None,
+    lead: jax.Array | None = None,
     max_over_shards: Callable | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
@@ -64,8 +65,8 @@ def mlp_block(
 
         y = residual + W_down (act(W_gate n) * W_up n) + b_down,     n = norm(x)
 
-    x: float32 [B, T, D]. residual: float32 [B, T, D] or None; under tensor parallelism y is a partial sum, so only one shard passes it
-    (and down_bias). max_over_shards: see `quant_matmul`. Returns float32 [B, T, D]. Raises ShapeError.
+    x: float32 [B, T, D]. residual: float32 [B, T, D] or None. lead: bool scalar, whether residual and down_bias go into this shard's y, a
+    partial sum under tensor parallelism; None: they do. max_over_shards: see `quant_matmul`. Returns float32 [B, T, D]. Raises ShapeError.
     Source: Shazeer 2020, arXiv:2002.05202.
     """
     if x.ndim != 3 or weights.norm.shape != x.shape[-1:]:
@@ -77,4 +78,4 @@ def mlp_block(
     if spec.norm not in KINDS:
         raise ShapeError(f"mlp_block: norm {spec.norm!r} is not one of {KINDS}")
     run = choose("mlp_block", implementation, shape=x.shape, spec=spec, weights=weights, max_over_shards=max_over_shards)
-    return run.function(x, weights, spec=spec, residual=residual, max_over_shards=max_over_shards)
+    return run.function(x, weights, spec=spec, residual=residual, lead=lead, max_over_shards=max_over_shards)

@@ -15,10 +15,11 @@ def supports_mlp_block(target, facts) -> bool | str:
     return True
 
 
-def mlp_block(x, weights, *, spec, residual, max_over_shards):
+def mlp_block(x, weights, *, spec, residual, lead, max_over_shards):
     with jax.named_scope("up"):
         norm = Norm(kind=spec.norm, eps=spec.eps, scale=weights.norm, bias=weights.norm_bias)
         h = fused_matmul(x, weights.up, biases=weights.up_bias, norm=norm, activation=spec.activation, gated=spec.gated)
     with jax.named_scope("down"):
         biases = () if weights.down_bias is None else (weights.down_bias,)
-        return fused_matmul(h, (weights.down,), biases=biases, residual=residual, max_over_shards=max_over_shards)
+        shards = {"lead": lead, "max_over_shards": max_over_shards}
+        return fused_matmul(h, (weights.down,), biases=biases, residual=residual, **shards)

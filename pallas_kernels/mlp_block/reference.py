@@ -6,9 +6,10 @@ import jax.numpy as jnp
 from pallas_kernels.activation.reference import ACTIVATIONS
 from pallas_kernels.norm import norm
 from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.shares import share
 
 
-def mlp_block(x, weights, *, spec, residual, max_over_shards):
+def mlp_block(x, weights, *, spec, residual, lead, max_over_shards):
     with jax.named_scope("norm"):
         n = norm(x, weights.norm, weights.norm_bias, kind=spec.norm, eps=spec.eps)
     with jax.named_scope("up"):
@@ -22,5 +23,5 @@ def mlp_block(x, weights, *, spec, residual, max_over_shards):
         else:
             h = act(h)
     with jax.named_scope("down"):
-        y = quant_matmul(h, weights.down, bias=weights.down_bias, max_over_shards=max_over_shards)
-        return y if residual is None else residual + y
+        y = quant_matmul(h, weights.down, bias=share(lead, weights.down_bias), max_over_shards=max_over_shards)
+        return y if residual is None else share(lead, residual) + y

@@ -12,6 +12,7 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.norm import KINDS, norm
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.registry import choose, register, register_file
+from pallas_kernels.shares import share
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class Norm:
     bias: jax.Array | None = None
 
 
-_ARRAYS = ("x", "weights", "biases", "scale", "norm_bias", "residual")
+_ARRAYS = ("x", "weights", "biases", "scale", "norm_bias", "residual", "lead")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=_ARRAYS, meta_fields=())
@@ -38,6 +39,7 @@ class Operands:
     scale: jax.Array | None
     norm_bias: jax.Array | None
     residual: jax.Array | None
+    lead: jax.Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,7 @@ def fused_matmul(
     activation: str | None = None,
     gated: bool = False,
     residual=None,
+    lead: jax.Array | None = None,
     out_dtype=jnp.float32,
     max_over_shards: Callable | None = None,
     implementation: str | None = None,
@@ -70,9 +73,10 @@ def fused_matmul(
         z = norm(x) @ W.T + b          y = residual + act(z)          or residual + act(z_gate) * z_up where gated
 
     x: float [..., I]. weights: float arrays or QTensors [O_i, I], whose outputs are joined; gated: the first half of all outputs is the
-    gate. biases: [O_i] each, or () for none. activation: one of `activation.KINDS`, or None for the identity. residual: float [..., O]
-    or None, O being the outputs of y. max_over_shards: see `quant_matmul`. Returns out_dtype [..., O]. Differentiable as
-    `quant_matmul`. Raises ShapeError. Source: Shazeer 2020, arXiv:2002.05202.
+    gate. biases: [O_i] each, or () for none. activation: one of `activation.KINDS`, or None for the identity. residual: float [..., O] or
+    None, O being the outputs of y. lead: bool scalar, whether biases and residual go into this shard's part of a sum; None: they do, and
+    nothing but a partial sum that is neither activated nor gated takes one. max_over_shards: see `quant_matmul`. Returns out_dtype [...,
+    O]. Differentiable as `quant_matmul`. Raises ShapeError. Source: Shazeer 2020, arXiv:2002.05202.
     """
     if not weights or any(len(w.shape) != 2 or w.shape[1] != x.shape[-1] for w in weights):
         raise ShapeError(
@@ -92,6 +96,8 @@ def fused_matmul(
     shape = (*x.shape[:-1], outputs // 2 if gated else outputs)
     if residual is not None and residual.shape != shape:
         raise ShapeError(f"fused_matmul: residual must be {list(shape)}, got {list(residual.shape)}")
+    if lead is not None and (gated or activation is not None):
+        raise ShapeError("fused_matmul: an activation is not of a partial sum; give lead without gate and activation")
     call = Call(
         activation=activation,
         gated=gated,
@@ -107,6 +113,7 @@ def fused_matmul(
         scale=None if norm is None else norm.scale,
         norm_bias=None if norm is None else norm.bias,
         residual=residual,
+        lead=lead,
     )
     run = choose("fused_matmul", implementation, shape=x.shape, weights=operands.weights)
     return run.function(operands, call)
@@ -117,7 +124,7 @@ def compose(operands: Operands, call: Call, implementation: str | None = None) -
     n = operands.x
     if call.kind is not None:
         n = norm(n, operands.scale, operands.norm_bias, kind=call.kind, eps=call.eps, implementation=implementation)
-    biases = operands.biases or (None,) * len(operands.weights)
+    biases = tuple(share(operands.lead, b) for b in operands.biases) or (None,) * len(operands.weights)
     run = functools.partial(quant_matmul, n, max_over_shards=call.max_over_shards, implementation=implementation)
     z = jnp.concatenate([run(w, bias=b) for w, b in zip(operands.weights, biases, strict=True)], -1)
     act = ACTIVATIONS[call.activation] if call.activation is not None else lambda z: z
@@ -127,7 +134,7 @@ def compose(operands: Operands, call: Call, implementation: str | None = None) -
     else:
         y = act(z)
     if operands.residual is not None:
-        y = operands.residual.astype(jnp.float32) + y
+        y = share(operands.lead, operands.residual.astype(jnp.float32)) + y
     return y.astype(call.out_dtype)
 
 

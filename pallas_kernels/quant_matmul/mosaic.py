@@ -132,7 +132,7 @@ def _check(tile: Tile, rows: int, outputs: int, inputs: int, group: int | None) 
 quant_matmul = reference.from_product(_product)
 
 
-def _transforms(columns: int, dtype) -> tuple:
+def transforms(columns: int, dtype) -> tuple:
     """How a tile lies in shared memory: as the tensor cores read it, without bank conflicts."""
     bits = 8 * jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(columns * bits)
@@ -143,7 +143,7 @@ def _transforms(columns: int, dtype) -> tuple:
 
 
 def _buffer(shape: tuple[int, ...], dtype, columns: int):
-    return plgpu.SMEM(shape, dtype, transforms=_transforms(columns, dtype))
+    return plgpu.SMEM(shape, dtype, transforms=transforms(columns, dtype))
 
 
 def _kernel(x_ref, w_ref, *refs, tile: Tile, inputs: int, nibbles: bool, group: int | None, stored, converted=None):
@@ -198,8 +198,8 @@ def _kernel(x_ref, w_ref, *refs, tile: Tile, inputs: int, nibbles: bool, group: 
         multiply,
         grid=(inputs // tile.inputs,),
         in_specs=[
-            plgpu.BlockSpec((tile.rows, tile.inputs), lambda k: (row, k), transforms=_transforms(width, x_ref.dtype)),
-            plgpu.BlockSpec((tile.outputs, width), lambda k: (column, k), transforms=_transforms(width, w_ref.dtype)),
+            plgpu.BlockSpec((tile.rows, tile.inputs), lambda k: (row, k), transforms=transforms(width, x_ref.dtype)),
+            plgpu.BlockSpec((tile.outputs, width), lambda k: (column, k), transforms=transforms(width, w_ref.dtype)),
         ],
         memory_registers=PRODUCER_REGISTERS,
         wg_axis="warpgroup",

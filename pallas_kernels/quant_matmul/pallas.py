@@ -19,6 +19,7 @@ from pallas_kernels.moe import reference as moe_reference
 from pallas_kernels.norm import fused_norm
 from pallas_kernels.qtensor import QTensor, packing_block
 from pallas_kernels.quant_matmul import fused
+from pallas_kernels.quant_matmul.decoding import BYTES, NIBBLES, stored
 from pallas_kernels.quant_matmul.pallas_kernel import Spec, kernel
 from pallas_kernels.quant_matmul.tiles import SMALL, Problem, check, heuristic
 from pallas_kernels.quantize import quantize_activations
@@ -49,16 +50,17 @@ def weight_refusal(target, *, format, group, layout, activation, zeros, elements
     """Why the kernel cannot take a weight, or True."""
     if format in FLOATS:
         return True
-    if format not in ("int8", "int4", "fp8"):
-        return f"it multiplies {', '.join(FLOATS)}, int8, int4 and fp8 weights, not {format}"
-    if format != "int4" and 1 << 31 <= elements <= 1 << 32:
+    if format not in NIBBLES + BYTES:
+        return f"it multiplies {', '.join(FLOATS + NIBBLES + BYTES)} weights, not {format}"
+    if format not in NIBBLES and 1 << 31 <= elements <= 1 << 32:
         # Triton's indices are 32 bits wide and signed up to arrays of 4 GiB
         return f"it cannot index {elements} weights of a byte"
     if layout != "canonical":
         return f"it reads the canonical layout, not {layout!r}; use qtensor.repack"
     capability = target.capability
-    if format == "fp8" and capability is not None and capability < NARROWEST_FP8:
-        return f"{target.device_kind} has no float8_e4m3fn"
+    inputs = None if activation is None else activation.format
+    if inputs == "fp8" and capability is not None and capability < NARROWEST_FP8:
+        return f"{target.device_kind} does not multiply float8_e4m3fn"
     if group is not None and (group < 32 or group & (group - 1)):
         return f"it takes groups of 32, 64, 128 and further powers of two, not {group}"
     if (
@@ -67,7 +69,7 @@ def weight_refusal(target, *, format, group, layout, activation, zeros, elements
         and (activation.group < 32 or activation.group & (activation.group - 1))
     ):
         return f"it takes input scales per token, or per power of two from 32 on, not per {activation.group}"
-    if activation is not None and activation.format == "int8" and (format == "fp8" or zeros is not None):
+    if inputs == "int8" and (format not in ("int8", "int4") or zeros is not None):
         return f"int8 inputs meet symmetric int8 and int4 weights here, not {format} with zeros {zeros}"
     return True
 
@@ -128,7 +130,7 @@ def fused_matmul(operands: fused.Operands, call: fused.Call):
     biases = operands.biases or (None,) * len(operands.weights)
     residual = None if operands.residual is None else operands.residual.reshape(rows, -1)
     normed = (operands.scale, operands.norm_bias) if norm_inside else None
-    make = functools.partial(_product, x, x_scales, normed=normed, call=call)
+    make = functools.partial(_product, x, x_scales, normed=normed, lead=operands.lead, call=call)
     if (call.gated and len(operands.weights) == 2) or len(operands.weights) == 1:
         y = make(operands.weights, biases, residual=residual)
     else:
@@ -220,7 +222,7 @@ def _grouped_backward(activation, gated, out_dtype, saved, gradient):
 _grouped.defvjp(_grouped_forward, _grouped_backward)
 
 
-def _product(x, x_scales, weights, biases, *, residual, normed, call, experts: _Experts | None = None):
+def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None, experts: _Experts | None = None):
     """One launch: weights is one [O, I], or gate and up, apart or joined along their outputs; with experts, [E * O, I]."""
     first = weights[0]
     quantised = isinstance(first, QTensor)
@@ -264,10 +266,12 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, experts: _
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
         given[f"bias{i}"] = b
         if quantised:
-            given |= {f"values{i}": w.values, f"scales{i}": w.scales, f"zeros{i}": w.zeros}
+            given |= {f"values{i}": stored(w.values, dtype), f"scales{i}": w.scales, f"zeros{i}": w.zeros}
         else:
             given[f"values{i}"] = w
     given["residual"] = residual
+    if lead is not None and (residual is not None or any(b is not None for b in biases)):
+        given["lead"] = lead.astype(jnp.int32).reshape(1)
     given = {name: a for name, a in given.items() if a is not None}
     spec = Spec(
         names=(*given, "out"),
@@ -275,6 +279,7 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, experts: _
         shape=(rows, outputs, inputs),
         offsets=(0, outputs if len(weights) == 1 else 0)[:parts],
         separate=len(weights) == 2,
+        format=first.format if quantised else str(first.dtype),
         dtype=np.dtype(dtype),
         half=packing_block(first.group) // 2 if quantised and first.kind.nibbles else 0,
         group=group,
@@ -300,5 +305,5 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, experts: _
 def _terms(x, w, rows: int) -> int:
     """How many bfloat16 an element of x becomes: two where float32 is wanted as such and the levels of the weight are exact."""
     exact = jax.config.jax_default_matmul_precision in (None, "highest", "float32", "high")
-    rounded = not isinstance(w, QTensor) or (w.group is not None and rows > SMALL)
+    rounded = not isinstance(w, QTensor) or (w.group is not None and rows > SMALL) or w.format == "nf4"
     return 2 if x.dtype == jnp.float32 and exact and not rounded else 1

@@ -5,7 +5,6 @@ import functools
 import operator
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -13,23 +12,24 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.kernel_math import ACTIVATIONS
+from pallas_kernels.quant_matmul.decoding import decoded, scale_of
 from pallas_kernels.quant_matmul.tiles import Tile
-from pallas_kernels.target import interpreted
 from pallas_kernels.value_formats import INT4_OFFSET
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Spec:
     """What the kernel is compiled for. names: of its references, in order. shape: rows, outputs and inputs. offsets: first row of each
-    part in its weight. dtype: of the tensor core's operands. group, x_group: inputs per scale of the weight and of x, 0 for one scale an
-    output or a token, None for no scale. unit: inputs that share both, or 0. before: scales are multiplied into the weights before the
-    product. half: bytes of a packing block of nibbles, 0 for other formats."""
+    part in its weight. format: of the weight's values, see `decoding`. dtype: of the tensor core's operands. group, x_group: inputs per
+    scale of the weight and of x, 0 for one scale an output or a token, None for no scale. unit: inputs that share both, or 0. before:
+    scales are multiplied into the weights before the product. half: bytes of a packing block of nibbles, 0 for other formats."""
 
     names: tuple[str, ...]
     tile: Tile
     shape: tuple[int, int, int]
     offsets: tuple[int, ...]
     separate: bool
+    format: str
     dtype: np.dtype
     half: int
     group: int | None
@@ -90,7 +90,7 @@ def kernel(*refs, spec: Spec) -> None:
         at = jnp.broadcast_to(at, (R, n))
         rows = jnp.broadcast_to((output + spec.offsets[part])[:, None], (R, n))
         raw = _load(w_ref("values", part).at[rows, at], mask)
-        return _nibbles(raw, spec.dtype) if spec.half else (raw.astype(spec.dtype),)
+        return decoded(raw, spec.format, spec.dtype)
 
     standardised = lambda x: x
     if spec.kind == "layer":
@@ -141,7 +141,7 @@ def kernel(*refs, spec: Spec) -> None:
     total = jnp.int32 if spec.dtype == jnp.int8 else jnp.float32
     dot = functools.partial(jnp.dot, preferred_element_type=total)
 
-    def scale_of(part, step):
+    def scale_at(part, step):
         """What this step's product is multiplied by, and what sums of x are: each [R, N], [R, 1] or [1, N], or None."""
         start = row_split * per_split + step * tile.inputs
         rows = output + spec.offsets[part]
@@ -149,14 +149,14 @@ def kernel(*refs, spec: Spec) -> None:
         if spec.group:
             if spec.groups == 1:
                 at = lax.div(jnp.minimum(start, I - 1), spec.group)
-                pick = lambda name: w_ref(name, part)[rows, at].astype(jnp.float32)[:, None]
+                pick = lambda name: w_ref(name, part)[rows, at][:, None]
             else:
                 at = lax.div(jnp.minimum(start[:, None] + group[None] * spec.unit, I - 1), spec.group)
                 wide = jnp.broadcast_to(rows[:, None], (R, N))
-                pick = lambda name: w_ref(name, part)[wide, at].astype(jnp.float32)
-            scale = pick("scales")
+                pick = lambda name: w_ref(name, part)[wide, at]
+            scale = scale_of(pick("scales"))
             if has("zeros"):
-                zeros = pick("zeros")
+                zeros = pick("zeros").astype(jnp.float32)
                 # nibbles are 8 less in here: n s + z = (n - 8) s + (8 s + z), or (n - z) s = (n - 8) s + (8 - z) s
                 integer = jnp.issubdtype(w_ref("zeros", part).dtype, jnp.integer)
                 shift = (INT4_OFFSET - zeros) * scale if integer else INT4_OFFSET * scale + zeros
@@ -175,7 +175,7 @@ def kernel(*refs, spec: Spec) -> None:
         if spec.kind in ("rms", "rms_offset"):
             squares = squares + total_of(s for _, s in columns)
         # the next step's scales are asked for while this step multiplies
-        following = tuple(scale_of(part, step + 1) for part in parts) if stepwise else scales
+        following = tuple(scale_at(part, step + 1) for part in parts) if stepwise else scales
         out = []
         for part, acc in zip(parts, sums, strict=True):
             scale, shift = scales[part]
@@ -196,7 +196,7 @@ def kernel(*refs, spec: Spec) -> None:
     width = locals_()[0].shape[0]
     squares = jnp.zeros((width, N), jnp.float32) if spec.kind in ("rms", "rms_offset") else None
     start = tuple(jnp.zeros((R, N), jnp.float32 if stepwise else total) for _ in parts)
-    scales = tuple(scale_of(part, 0) if stepwise else (None, None) for part in parts)
+    scales = tuple(scale_at(part, 0) if stepwise else (None, None) for part in parts)
     # blocks that are left over read no weight
     busy = jnp.minimum(stop - first, 1) if "expert" in ref else 1
     sums, squares, _ = lax.fori_loop(0, per_split // tile.inputs * busy, body, (start, squares, scales))
@@ -209,6 +209,10 @@ def kernel(*refs, spec: Spec) -> None:
     if squares is not None:
         squares = jnp.where((term == 0) & (column_split < S), jnp.sum(squares, 0), 0.0)
         root = lax.rsqrt(jnp.sum(squares.reshape(N // tile.rows, tile.rows), 0) / I + spec.eps)
+    once = lambda a: a  # what only the shard that leads adds
+    if "lead" in ref:
+        leads = ref["lead"][0] != 0
+        once = lambda a: jnp.where(leads, a, 0.0)
     done = []
     for part, acc in zip(parts, sums, strict=True):
         y = acc.astype(jnp.float32)
@@ -225,7 +229,7 @@ def kernel(*refs, spec: Spec) -> None:
         if spec.x_group == 0:
             y = y * ref["x_scales"][safe_rows, jnp.zeros_like(safe_rows)][None]
         if has("bias"):
-            y = y + w_ref("bias", part)[at].astype(jnp.float32)[:, None]
+            y = y + once(w_ref("bias", part)[at].astype(jnp.float32))[:, None]
         done.append(y)
     y = done[0] if spec.activation is None else ACTIVATIONS[spec.activation](done[0])
     if len(done) == 2:
@@ -233,7 +237,7 @@ def kernel(*refs, spec: Spec) -> None:
     shape = (tile.outputs, tile.rows)
     if "residual" in ref:
         at = (jnp.broadcast_to(safe_rows[None], shape), jnp.broadcast_to(safe[:, None], shape))
-        y = y + ref["residual"][at].astype(jnp.float32)
+        y = y + once(ref["residual"][at].astype(jnp.float32))
     mask = (outputs < O)[:, None] & (x_rows < stop)[None]
     place = ref["out"].at[jnp.broadcast_to(x_rows[None], shape), jnp.broadcast_to(outputs[:, None], shape)]
     triton.store(place, y.astype(ref["out"].dtype), mask=mask)
@@ -272,36 +276,3 @@ def _mean_and_root(x_ref, x_row, inputs: int, columns: int, eps: float):
     mean = total(lambda x: x)
     variance = total(lambda x: (x - mean[None]) * (x - mean[None]))
     return mean, lax.rsqrt(variance + eps)
-
-
-# four bytes a, b, c, d of a register become two registers of two bfloat16 each: 128 + nibble has the bits 0x4300 | nibble
-_ASM = """
-{
-  .reg .b32 t, lo, hi, magic, one, eight;
-  shr.u32 t, $2, SHIFT;
-  mov.b32 magic, 0x43004300;
-  prmt.b32 lo, t, 0, 0x4140;
-  prmt.b32 hi, t, 0, 0x4342;
-  lop3.b32 lo, lo, 0x000F000F, magic, 0xEA;
-  lop3.b32 hi, hi, 0x000F000F, magic, 0xEA;
-  mov.b32 one, 0x3F803F80;
-  mov.b32 eight, 0xC308C308;
-  fma.rn.bf16x2 $0, lo, one, eight;
-  fma.rn.bf16x2 $1, hi, one, eight;
-}
-"""
-
-
-def _nibbles(packed, dtype):
-    """Low and high nibbles less 8, from bytes [R, n], as [R, n] each."""
-    if dtype == jnp.int8 or interpreted():
-        wide = packed.astype(jnp.int32)
-        low, high = wide & 15, wide >> 4
-        return tuple((n - INT4_OFFSET).astype(dtype) for n in (low, high))
-    out = jax.ShapeDtypeStruct(packed.shape, jnp.bfloat16)
-    return tuple(
-        triton.elementwise_inline_asm(
-            _ASM.replace("SHIFT", str(shift)), args=[packed], constraints="=r,=r,r", pack=4, result_shape_dtypes=[out]
-        )[0]
-        for shift in (0, 4)
-    )

@@ -101,7 +101,8 @@ def rope_cache(q, k, v, cos, sin, cache, *, rows, positions, write, interleaved)
 def rope_cache_joined(heads, cos, sin, cache, *, kv_heads, norm: HeadNorm | None, rows, positions, write):
     """`rope_cache` on q, k and v as one array float [B, T, N + 2 K, H], their heads normed first where `norm` is given.
 
-    cache: its arrays, or jax.ShapeDtypeStruct in their place for a new one, of which every token is written.
+    cache: its arrays, or jax.ShapeDtypeStruct in their place for a new one, of which every token is written. positions: None for the
+    tokens' numbers.
     """
     N = heads.shape[2] - 2 * kv_heads
     first = (0, N, N + kv_heads)
@@ -120,7 +121,7 @@ def _run(operands, first, N, K, cos, sin, norm, cache, rows, positions, write, i
     if norm is not None:
         given |= {"q_norm": norm.q, "k_norm": norm.k}
     if cache is not None:
-        given["positions"] = flat(positions).astype(jnp.int32)
+        given |= {} if positions is None else {"positions": flat(positions).astype(jnp.int32)}
         given |= {} if rows is None else {"rows": rows.astype(jnp.int32)}
         given |= {} if write is None else {"write": flat(write).astype(jnp.int32)}
     out = {"q_out": jax.ShapeDtypeStruct((B * T, N, H), jnp.float32)}
@@ -234,7 +235,9 @@ def _write(ref, name, head, tokens, shape, pieces):
     cache = ref["new_" + name]
     limit = cache.shape[2]
     kept = tokens < shape.tokens
-    positions = triton.load(ref["positions"].at[tokens], mask=kept, other=-1)
+    positions = tokens % shape.length
+    if "positions" in ref:
+        positions = triton.load(ref["positions"].at[tokens], mask=kept, other=-1)
     kept &= (positions >= 0) & (positions < limit)
     if "write" in ref:
         kept &= triton.load(ref["write"].at[tokens], mask=kept, other=0) != 0

@@ -123,7 +123,7 @@ def attentions() -> Iterator[Case]:
         seen = rows * (cached * tokens - tokens * (tokens - 1) // 2)
 
         def run(q, cache, soft_cap=spec.soft_cap, first=cached - tokens):
-            at = jnp.broadcast_to(first + jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2])
+            at = jnp.broadcast_to(first + jnp.arange(q.shape[1], dtype=jnp.int32), q.shape[:2]) if first else None
             return attention(q, cache, rows=None, positions=at, scale=0.1, soft_cap=soft_cap)
 
         yield Case(

@@ -2,17 +2,19 @@
 """What the GPU kernels take, per GPU generation, compiled without a GPU; with --measure, what they reach on the one that is here.
 
     python scripts/bench/kernel_report.py [--gpus a100,h100,b200] [--op attention] [--json] [--output benchmarks]
-    python scripts/bench/kernel_report.py --measure
+    python scripts/bench/kernel_report.py --measure [--dry-run]
 
 Needs jax-cuda13-plugin, jax-cuda13-pjrt and CUDA's ptxas. Per case: the launches of the program; of its kernels the most registers a
 thread, the bytes spilled and of shared memory, the least part of a processor's warps that fit at once, the widest global load of a thread,
 the tensor-core instruction; and the floor: the time that its bytes or operations take at the data sheet's peak. For what is bound by
 reading its arguments: the bytes that the kernels read from device memory, in sectors of 32, and what their loads ask for, of which caches
 give the rest. --output writes kernels.txt and kernels.json, where rows of other GPUs and cases stay. Nothing is run: speed, races and
-numbers do not show. --measure times it, and gives bytes and operations per second as percent of that peak.
+numbers do not show. --measure times it, and gives bytes and operations per second as percent of that peak, beside the time that XLA, other
+implementations and torch take. --dry-run goes the same way with what is small, interpreted, on any device; its times say nothing.
 """
 
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -27,13 +29,16 @@ import jax.numpy as jnp
 import numpy as np
 from kernel_cases import Case, cases, size
 from kernel_loads import NotDerivable, Reads, reads
+from kernel_peers import beside, torch_seconds
 
 from pallas_kernels import tuner
 from pallas_kernels.deviceless import Kernel, compile_for, is_ours, ptxas
 from pallas_kernels.gpus import GPUS, KNOWN, Gpu
+from pallas_kernels.target import interpreting
 
 WARPS = 64  # that a processor holds
 REGISTERS = 65536  # of a processor
+SMALLEST = 100_000  # bytes of arguments that a dry run stops at
 LARGEST = 150_000_000  # bytes of arguments whose reads are followed
 MOST_READ = 1.05  # of the arguments
 
@@ -91,8 +96,8 @@ def problems(row: dict, case: Case, gpu: Gpu) -> list[str]:
     return found
 
 
-def measured(case: Case) -> dict:
-    """Seconds a call on the device that is here, the median of several runs of many calls in one program."""
+def drawn(case: Case) -> tuple:
+    """Operands on the device that is here: random floats, zeros of other kinds."""
     rng = np.random.default_rng(0)
 
     def random(a):
@@ -100,11 +105,34 @@ def measured(case: Case) -> dict:
             return jnp.asarray(rng.standard_normal(a.shape, np.float32), a.dtype)
         return jnp.zeros(a.shape, a.dtype)
 
-    leaves, tree = jax.tree.flatten(case.args)
-    operands = [random(a) for a in leaves]
-    program = jax.jit(tuner.repeated(lambda *flat: case.run(*jax.tree.unflatten(tree, flat)), 1))
-    seconds = tuner.clock(program.lower(*operands).compile(), operands) / tuner.REPEATS
-    return {"op": case.op, "case": case.name, "seconds": seconds, "moved_bytes": case.moved, "operations": case.operations}
+    return jax.tree.map(random, case.args)
+
+
+def seconds(case: Case, repeats: int = tuner.REPEATS) -> float:
+    """Seconds a call on the device that is here, the median of several runs of many calls in one program."""
+    operands, tree = jax.tree.flatten(drawn(case))
+    program = jax.jit(tuner.repeated(lambda *flat: case.run(*jax.tree.unflatten(tree, flat)), 1, repeats))
+    return tuner.clock(program.lower(*operands).compile(), operands) / repeats
+
+
+def measured(case: Case, device_kind: str, repeats: int, peers: bool) -> dict:
+    """A row of the report."""
+    row = {"op": case.op, "case": case.name, "device": device_kind, "moved_bytes": case.moved, "operations": case.operations}
+    row |= {"seconds": seconds(case, repeats), "beside": {}}
+    if peers:
+        row["beside"] = beside(case, functools.partial(seconds, repeats=repeats))
+    if (gpu := next((g for g in KNOWN.values() if g.device_kind == device_kind), None)) is not None:
+        row["percent_of_peak"] = 100 * floor(case, gpu) / row["seconds"]
+    return row
+
+
+def measured_in_words(row: dict) -> str:
+    line = (
+        f"{row['op']:14} {row['case']:58} {row['seconds'] * 1e6:9.2f} us {row['moved_bytes'] / row['seconds'] / 1e9:7.0f} GB/s"
+    )
+    if "percent_of_peak" in row:
+        line += f" {row['percent_of_peak']:5.1f} % of peak"
+    return line + "".join(f", {name} {s * 1e6:.2f} us" for name, s in row["beside"].items())
 
 
 def versions() -> dict[str, str]:
@@ -153,6 +181,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--gpus", default=",".join(GPUS), help="names, separated by commas")
     parser.add_argument("--op", help="only this operation")
     parser.add_argument("--measure", action="store_true", help="time the cases on the GPU that is here")
+    parser.add_argument("--no-peers", action="store_true", help="time nothing beside the kernels")
+    parser.add_argument("--dry-run", action="store_true", help="with --measure: small cases, interpreted, on any device")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write kernels.txt and kernels.json there")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     args = parser.parse_args(arguments)
@@ -164,19 +194,20 @@ def main(arguments: list[str] | None = None) -> int:
     rows, failed = [], 0
     if args.measure:
         device = jax.devices()[0]
-        gpu = next((g for g in KNOWN.values() if g.device_kind == device.device_kind), None)
-        if device.platform != "gpu":
+        if device.platform != "gpu" and not args.dry_run:
             parser.error(f"--measure: the device here is a {device.platform}, not a GPU")
-        for case in chosen:
-            row = measured(case) | {"device": device.device_kind}
-            line = (
-                f"{row['op']:14} {row['case']:58} {row['seconds'] * 1e6:9.2f} us {case.moved / row['seconds'] / 1e9:7.0f} GB/s"
-            )
-            if gpu is not None:
-                row["percent_of_peak"] = 100 * floor(case, gpu) / row["seconds"]
-                line += f" {row['percent_of_peak']:5.1f} % of peak"
-            rows.append(row)
-            print(line, file=sys.stderr if args.json else sys.stdout, flush=True)
+        repeats = tuner.REPEATS
+        if args.dry_run:
+            chosen, repeats = [case for case in chosen if size(case.args) < SMALLEST], 1
+        with interpreting() if args.dry_run else contextlib.nullcontext():
+            rows = [measured(case, device.device_kind, repeats, not args.no_peers) for case in chosen]
+        if not args.no_peers:
+            by_torch = torch_seconds(chosen, device="cpu" if args.dry_run else "cuda")
+            for row in rows:
+                if (own := by_torch.get((row["op"], row["case"]))) is not None:
+                    row["beside"]["torch"] = own
+        for row in rows:
+            print(measured_in_words(row), file=sys.stderr if args.json else sys.stdout)
     else:
         for case in chosen:
             for name in args.gpus.split(","):

@@ -1,5 +1,6 @@
 """attention_block made of GPU kernels against its reference: with a cache and without, its gradient, and a small model's greedy tokens."""
 
+import dataclasses
 import functools
 
 import jax
@@ -74,3 +75,32 @@ def test_without_one_and_its_gradient(rng):
     with kernels():
         found = run("pallas")
     close(found, run("reference"), 1e-4)
+
+
+def test_one_shard_of_two_leads(rng):
+    """Partial sums of shards, the residual and the output's bias in one of them; the same program whoever leads."""
+    w, given = weights(rng, "rms", True), arguments(rng, "rms", True, 4, 0)
+    x = jnp.asarray(rng.normal(size=(B, 4, D)), jnp.float32)
+
+    def both(name):
+        part = jax.jit(lambda lead: attention_block(x, w, None, residual=x, lead=lead, **given, implementation=name)[0])
+        return part(jnp.array(True)), part(jnp.array(False))
+
+    with kernels():
+        found = both("pallas")
+    wanted = both("reference")
+    close(found, wanted, 1e-5)
+    close(wanted[0] - wanted[1], x + w.out_bias, 1e-5)
+
+
+def test_a_fresh_cache_of_fewer_bits(rng):
+    """It holds what a cache of that dtype would, and its rounded keys are attended."""
+    w, given = weights(rng, "rms", False), arguments(rng, "rms", False, 5, 0)
+    given["spec"] = dataclasses.replace(given["spec"], fresh="bfloat16")
+    x = jnp.asarray(rng.normal(size=(B, 5, D)), jnp.float32)
+    with kernels():
+        y, fresh = jax.jit(functools.partial(attention_block, implementation="pallas", **given))(x, w, None)
+    assert fresh.k.dtype == fresh.v.dtype == jnp.bfloat16
+    cache = LayerCache.zeros(rows=B, kv_heads=K, tokens=5, head_dim=H, dtype=jnp.bfloat16)
+    wanted = attention_block(x, w, cache, **given, implementation="reference")
+    close((y, fresh), wanted, 1e-2)

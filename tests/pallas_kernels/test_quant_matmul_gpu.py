@@ -27,6 +27,8 @@ FORMS = {
     "int4-64-zeros": {"format": "int4", "group": 64},
     "fp8": {"format": "fp8"},
     "fp8-128": {"format": "fp8", "group": 128},
+    "nf4-64": {"format": "nf4", "group": 64},
+    "mxfp4": {"format": "mxfp4", "group": 32},
 }
 INPUTS = {
     "groups": ActivationQuant(),
@@ -34,7 +36,7 @@ INPUTS = {
     "fp8 token": ActivationQuant(group=None, format="fp8"),
     "fp8-128": ActivationQuant(group=128, format="fp8"),
 }
-# of |x| |w|: levels are exact, and x is once or twice a bfloat16; scales that are rounded with the weights cost as much as a bfloat16
+# of |x| |w|: levels are exact but for those of NF4, and x is once or twice a bfloat16; what is rounded with the weights costs a bfloat16
 EXACT, ROUNDED = 3e-6, 2e-3
 
 
@@ -67,10 +69,13 @@ SMALL = [
     ("int4-64-zeros", None, 1, (1, 512), {"splits": 2, "inputs": 128}),
     ("int8", "groups", 1, (50, 448), {}),
     ("int4-128", "groups", 3, (40, 256), {}),
+    ("nf4-64", None, 1, (40, 320), {}),
+    ("mxfp4", None, 2, (34, 160), {"splits": 2, "outputs": 16, "inputs": 64}),
 ]
 LARGE = [
     ("int4-64-zeros", None, 17, (34, 192), {}),
     ("int8", "groups", 40, (30, 192), {}),
+    ("nf4-64", None, 19, (34, 128), {}),
 ]
 SLOW = [
     ("int8", None, 20, (70, 320), {}),
@@ -91,6 +96,10 @@ SLOW = [
     ("int8", "token", 64, (16, 224), {}),
     ("fp8", "fp8 token", 33, (40, 96), {}),
     ("fp8-128", "fp8-128", 18, (16, 256), {}),
+    ("mxfp4", None, 34, (40, 96), {}),
+    ("mxfp4", None, 16, (17, 64), {}),
+    ("nf4-64", None, 5, (24, 192), {}),
+    ("fp8-128", None, 3, (40, 384), {}),
 ]
 
 
@@ -108,7 +117,7 @@ def test_products(rng, form, inputs, rows, shape, tile):
     with kernels(), tiles({"quant_matmul": tile}):
         found = jax.jit(lambda x, w, b: quant_matmul(x, w, bias=b, implementation="pallas"))(x, w, bias)
     assert found.shape == (rows, shape[0]) and found.dtype == jnp.float32
-    rounded = rows > 16 and inputs is None and isinstance(w, QTensor) and w.group is not None
+    rounded = (rows > 16 and inputs is None and isinstance(w, QTensor) and w.group is not None) or form.startswith("nf4")
     assert error(found - bias, x, w) < (ROUNDED if rounded else EXACT)
 
 
@@ -186,8 +195,9 @@ def test_what_it_does_not_take_is_said(rng):
     gpu = Target(platform="gpu", device_kind="NVIDIA A100-SXM4-80GB")
     known = {"rows": 1, "outputs": 8, "inputs": 64, "group": None, "layout": "canonical", "activation": None, "zeros": None}
     refused = [
-        ({"format": "nf4", "group": 64}, "not nf4"),
-        ({"format": "fp8"}, "no float8"),
+        ({"format": "uint8", "group": 64}, "not uint8"),
+        ({"format": "fp8", "activation": INPUTS["fp8 token"]}, "does not multiply float8"),
+        ({"format": "nf4", "group": 64, "activation": ActivationQuant()}, "not nf4"),
         ({"format": "int4", "group": 48}, "not 48"),
         ({"format": "int4", "group": 64, "layout": "gpu"}, "repack"),
         ({"format": "int8", "activation": ActivationQuant(group=40)}, "not per 40"),
@@ -233,16 +243,17 @@ PAIRS = [
     ("llama_2_7b.down", "int8", 512, "b200"),
     ("llama_2_7b.gate", "int4-64", 512, "a100"),
     ("llama_3_1_8b.gate", "int4-128", 512, "h100"),
+    ("llama_3_1_8b.down", "fp8-128", 1, "a100"),
+    ("llama_3_1_8b.q", "nf4-64", 1, "h100"),
+    ("llama_3_1_8b.q", "mxfp4", 512, "b200"),
 ]
 EVERY = [
     (spec, form, rows, gpu)
     for spec in ("llama_3_1_8b.q", "llama_3_1_8b.down", "smollm2_135m.gate")
-    for form in ("bfloat16", "int8", "int8-64", "int4-32", "int4-128", "int4-64-zeros", "fp8")
+    for form in ("bfloat16", "int8", "int8-64", "int4-32", "int4-128", "int4-64-zeros", "fp8", "fp8-128", "nf4-64", "mxfp4")
     for rows in (1, 4, 16, 512)
     for gpu in GPU_NAMES
-    if not (form == "fp8" and gpu == "a100")
-    and not (form == "bfloat16" and rows > 16)
-    and SPECS[spec].inputs % FORMS.get(form, {}).get("group", 1) == 0
+    if not (form == "bfloat16" and rows > 16) and SPECS[spec].inputs % FORMS.get(form, {}).get("group", 1) == 0
 ]
 
 
