@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import gpus
 from pallas_kernels.attention import pallas_backward, pallas_kernel
 from pallas_kernels.attention.pallas_kernel import SMALLEST, Shape
 from pallas_kernels.attention.reference import gathered
@@ -21,11 +22,12 @@ from pallas_kernels.errors import BackendError
 from pallas_kernels.kernel_math import power_of_two
 from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.layer_cache import LayerCache
+from pallas_kernels.target import current_target
 from pallas_kernels.tuning import tile_for
 
 FEW = 64  # queries of a kv head, tokens times heads of a group, up to which keys are split and not queries
 WIDEST = 256  # head_dim
-BLOCKS = 264  # two for each processor of an H100
+BLOCKS = 2  # for each processor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +42,9 @@ class Tile:
     stages: int
 
 
-def heuristic(*, sequences: int, queries: int, kv_heads: int, tokens: int, size: int, dtype, relative: bool = False) -> Tile:
+def heuristic(
+    *, sequences: int, queries: int, kv_heads: int, tokens: int, size: int, dtype, processors: int, relative: bool = False
+) -> Tile:
     """Few queries: as many splits as fill the GPU, of at least two steps each. Exact products take registers: float32 in small steps."""
     width, exact = power_of_two(size), dtype == jnp.float32
     if queries > FEW:
@@ -51,7 +55,7 @@ def heuristic(*, sequences: int, queries: int, kv_heads: int, tokens: int, size:
         keys = 16 if exact else 32 if width > 128 or eight else 64
         return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and width <= 128 else 8, stages=2)
     keys = min(64, max(SMALLEST, 2048 // width)) if exact else min(128, max(SMALLEST, 8192 // width))
-    wanted = power_of_two(BLOCKS // (sequences * kv_heads) // 2 + 1)
+    wanted = power_of_two(BLOCKS * processors // (sequences * kv_heads) // 2 + 1)
     return Tile(
         queries=max(SMALLEST, power_of_two(queries)),
         keys=keys,
@@ -106,7 +110,8 @@ def _shape(scale, soft_cap, q, cache, rows, terms, *, split: bool = True) -> Sha
     paged = rows is not None and rows.ndim == 2
     tokens = S * rows.shape[1] if paged else S
     sizes = {"sequences": B, "queries": T * G, "kv_heads": K, "tokens": tokens}
-    default = heuristic(**sizes, size=H, dtype=dtype, relative=terms.relative is not None)
+    processors = gpus.describe(current_target().device_kind).processors
+    default = heuristic(**sizes, size=H, dtype=dtype, processors=processors, relative=terms.relative is not None)
     tile = tile_for("attention", default, **sizes, head_dim=H, dtype=str(dtype))
     if not split:
         tile = dataclasses.replace(tile, splits=1)

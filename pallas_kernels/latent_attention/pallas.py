@@ -13,6 +13,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels import gpus
 from pallas_kernels.attention.pallas_kernel import (
     NOTHING,
     SMALLEST,
@@ -29,10 +30,10 @@ from pallas_kernels.attention.pallas_kernel import (
 from pallas_kernels.kernel_math import LOG2_E, masked_slice, power_of_two
 from pallas_kernels.latent_attention import reference
 from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.target import current_target
 from pallas_kernels.tuning import tile_for
 
 WIDEST = 512  # of the latent vector: its sums stay in registers
-BLOCKS = 132  # a processor of an H100 each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,12 +48,12 @@ class Tile:
     stages: int
 
 
-def heuristic(*, sequences: int, queries: int, tokens: int, latent: int, dtype) -> Tile:
-    """As many splits as fill the GPU, of at least two steps each; exact products in small blocks."""
+def heuristic(*, sequences: int, queries: int, tokens: int, latent: int, dtype, processors: int) -> Tile:
+    """As many splits as give each processor a block, of at least two steps each; exact products in small blocks."""
     exact = dtype == jnp.float32
     rows = SMALLEST if exact else min(32, max(SMALLEST, power_of_two(queries)))
     keys = SMALLEST if exact else 32
-    wanted = power_of_two(BLOCKS // (sequences * -(-queries // rows)) // 2 + 1)
+    wanted = power_of_two(processors // (sequences * -(-queries // rows)) // 2 + 1)
     splits = max(1, min(wanted, power_of_two(tokens) // (2 * keys)))
     return Tile(queries=rows, keys=keys, splits=splits, warps=8 if latent > 256 else 4, stages=2)
 
@@ -77,7 +78,9 @@ def _latent(values, scale, q, cache, positions, rows, scales):
     S, paged = cache.shape[1], rows is not None and rows.ndim == 2
     tokens = S * rows.shape[1] if paged else S
     key = {"sequences": B, "queries": T * N, "tokens": tokens, "latent": values}
-    tile = tile_for("latent_attention", heuristic(**key, dtype=cache.dtype), **key, dtype=str(cache.dtype))
+    processors = gpus.describe(current_target().device_kind).processors
+    default = heuristic(**key, dtype=cache.dtype, processors=processors)
+    tile = tile_for("latent_attention", default, **key, dtype=str(cache.dtype))
     if paged:
         tile = dataclasses.replace(tile, keys=min(tile.keys, S))
     shape = Shape(

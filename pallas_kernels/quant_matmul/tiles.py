@@ -23,6 +23,9 @@ from pallas_kernels.kernel_math import power_of_two
 
 SMALL = 16  # rows of x up to which a matmul is bound by reading the weight
 WARPGROUPS = (9, 0)  # Hopper: the first whose tensor cores are given work by four warps together
+LATENCY = 7e-7  # seconds of a load while memory is busy, twice those of an idle one (270 to 330 ns: Luo et al. 2024, arXiv:2402.13499)
+MOST_STAGES = 8
+BUSY = 0.4  # of the processors, which can draw all of the bandwidth if each has enough under way
 _COLUMNS = {16: 64, 8: 32, 4: 16}  # by bits: beyond, tensor cores and not memory would set the pace
 
 
@@ -58,19 +61,53 @@ class Problem:
 
 
 def heuristic(p: Problem, gpu: Gpu) -> Tile:
-    """A tile for the problem on a GPU, with as many stages as its shared memory holds."""
-    tile = _small(p, gpu.processors) if p.rows <= SMALL else _large(p, gpu)
+    """A tile for the problem on a GPU, with as many stages as its memory's latency asks for and its shared memory holds."""
+    tile = _fed(_small(p, gpu.processors), p, gpu) if p.rows <= SMALL else _large(p, gpu)
     while tile.stages > 2 and _shared(tile, p) > gpu.shared:
         tile = dataclasses.replace(tile, stages=tile.stages - 1)
     return tile
+
+
+def _fed(tile: Tile, p: Problem, gpu: Gpu) -> Tile:
+    """The tile with stages added until enough of the weight is under way, or nothing more fits."""
+    more = dataclasses.replace(tile, stages=tile.stages + 1)
+    while more.stages <= MOST_STAGES and under_way(tile, p, gpu) < needed(tile, p, gpu):
+        if resident(more, p, gpu) < resident(tile, p, gpu) or _shared(more, p) > gpu.shared:
+            break
+        tile, more = more, dataclasses.replace(more, stages=more.stages + 1)
+    return tile
+
+
+def blocks(tile: Tile, p: Problem) -> int:
+    """Programs of a launch."""
+    return -(-p.rows // tile.rows) * -(-p.outputs // tile.outputs)
+
+
+def resident(tile: Tile, p: Problem, gpu: Gpu) -> int:
+    """Programs that a processor has at once: as many as there are for it, and as fit its shared memory and its 64 warps."""
+    return max(1, min(blocks(tile, p) // gpu.processors, (gpu.shared + 1024) // (_shared(tile, p) + 1024), 64 // tile.warps))
+
+
+def under_way(tile: Tile, p: Problem, gpu: Gpu) -> int:
+    """Bytes of the weight that a processor has asked for and not yet seen."""
+    return resident(tile, p, gpu) * (tile.stages - 1) * _step(tile, p)
+
+
+def needed(tile: Tile, p: Problem, gpu: Gpu) -> float:
+    """Bytes that must be under way on each processor that has work, so that memory is never idle: Little's law."""
+    return LATENCY * gpu.bandwidth / min(blocks(tile, p), gpu.processors)
+
+
+def _step(tile: Tile, p: Problem) -> int:
+    """Bytes of the weight in a step of a program."""
+    return p.parts * tile.outputs * tile.splits * tile.inputs * p.bits // 8
 
 
 def _shared(tile: Tile, p: Problem) -> int:
     """About the bytes of shared memory that Triton's pipeline takes: what is loaded in stages, and the columns once more in bfloat16."""
     groups = 1 if p.group is None else max(1, tile.inputs // p.group)
     columns = max(8, tile.splits * p.terms * groups * tile.rows)
-    loaded = p.parts * tile.outputs * tile.splits * tile.inputs * p.bits // 8
-    loaded += tile.inputs * columns * (1 if p.quantised else 4) * (2 if p.normed else 1)
+    loaded = _step(tile, p) + tile.inputs * columns * (1 if p.quantised else 4) * (2 if p.normed else 1)
     return (tile.stages - 1) * loaded + tile.inputs * columns * 2
 
 
@@ -89,15 +126,12 @@ def _small(p: Problem, processors: int) -> Tile:
         free = max(1, free // (inputs // unit))
     few = -(-p.outputs // 64) < 4 * processors
     splits = 2 if few and free >= 2 and p.inputs >= 4 * inputs else 1
-    narrow = splits == 1 and few
-    return Tile(
-        rows=rows,
-        outputs=32 if splits == 2 or narrow else 64,
-        inputs=inputs,
-        splits=splits,
-        warps=2 if narrow else 4,
-        stages=4,
-    )
+    outputs = 32 if few else 64
+    # every program reads all of x, from the second-level cache: of many rows and few bits as much as a narrow program's weights or more
+    x_bits = 8 * (1 if p.quantised else 4 if p.terms == 2 else 2)
+    while outputs < 64 and outputs < rows * x_bits // p.bits and -(-p.outputs // (2 * outputs)) >= BUSY * processors:
+        outputs, splits = 2 * outputs, 1
+    return Tile(rows=rows, outputs=outputs, inputs=inputs, splits=splits, warps=2 if outputs * splits == 32 else 4, stages=4)
 
 
 def _large(p: Problem, gpu: Gpu) -> Tile:

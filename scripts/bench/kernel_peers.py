@@ -10,6 +10,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxprs_in_params
 from kernel_cases import Case
 
 from pallas_kernels.errors import BackendError
@@ -48,7 +49,7 @@ def written(case: Case) -> int:
 def _results(jaxpr):
     for eqn in jaxpr.eqns:
         yield from eqn.outvars
-        for inner in jax.core.jaxprs_in_params(eqn.params):
+        for inner in jaxprs_in_params(eqn.params):
             yield from _results(inner)
 
 

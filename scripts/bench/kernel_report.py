@@ -38,7 +38,7 @@ from pallas_kernels.target import interpreting
 
 WARPS = 64  # that a processor holds
 REGISTERS = 65536  # of a processor
-SMALLEST = 100_000  # bytes of arguments that a dry run stops at
+SMALLEST = 600_000  # bytes of arguments that a dry run stops at
 LARGEST = 150_000_000  # bytes of arguments whose reads are followed
 MOST_READ = 1.05  # of the arguments
 
