@@ -6,6 +6,7 @@ Nothing is rounded here: a QTensor that the form has no place for is refused, an
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,32 +20,62 @@ from convert.formats import compressed_tensors, gptq
 from convert.load import Progress, QuantSpec, as_float, checked, quantized
 from convert.native import save_assets
 from convert.readers.base import Checkpoint, LazyTensor, TokenizerAssets
+from convert.rules import Rows, parts_of, transformed
 from pallas_kernels.qtensor import QTensor, levels
 
 FORMS = ("gptq", "compressed-tensors", "gguf")
 FILE_BYTES = 2 << 30  # of a safetensors file, at least
 SAME_IN_GGUF = ("llama", "qwen2", "qwen3")  # model types whose tensors have the same numbers in GGUF files
-MATRIX = "_proj.weight"  # ends the name of every matrix that is quantised for export
+# names every matrix that is quantised for export: those of attention, of MLPs and of experts
+MATRIX = re.compile(r".*(_proj|\.experts\.\d+\.w[123])\.weight")
+MIXTRAL = {"gate_proj": "w1", "down_proj": "w2", "up_proj": "w3"}
+_STACK = re.compile(r"(?P<block>.*\.experts)\.(?P<part>w[123]|gate_proj|up_proj|down_proj)\.weight")
+_FUSED = re.compile(r"(?P<block>.*\.experts)\.(?P<part>gate_up_proj|down_proj)")
 
 type Module = Callable[[str, QTensor], dict[str, np.ndarray]]  # module name, its matrix -> its tensors
 
 
-def quantized_for(form: str, tensors: Mapping[str, LazyTensor], spec: QuantSpec | None) -> dict[str, LazyTensor]:
+def quantized_for(
+    form: str, tensors: Mapping[str, LazyTensor], spec: QuantSpec | None, model_type: str | None = None
+) -> dict[str, LazyTensor]:
     """Tensors by canonical name as `form` holds them: matrices of attention and MLP rounded as `spec` says, or kept with None.
 
     New scales are float16, which is what the other systems read. A packed embedding or head stays so in GGUF only. Raises
     UnsupportedFormatError for an unknown form and a model whose matrices are not named as Llama's are.
     """
     _check_form(form)
-    if not any(name.endswith(MATRIX) for name in tensors):
-        raise UnsupportedFormatError(f"no tensor is named *{MATRIX}: this family's matrices are not exported to {form}")
+    tensors = experts_apart(tensors, model_type)
+    if not any(MATRIX.fullmatch(name) for name in tensors):
+        raise UnsupportedFormatError(f"no tensor is named *_proj.weight: this family's matrices are not exported to {form}")
     half = spec and dataclasses.replace(spec, scale_dtype="float16")
     out = {}
     for name, tensor in tensors.items():
-        if name.endswith(MATRIX):
+        if MATRIX.fullmatch(name):
             out[name] = quantized(as_float(tensor), half) if half else checked(tensor)
         else:
             out[name] = checked(tensor) if form == "gguf" else as_float(tensor)
+    return out
+
+
+def experts_apart(tensors: Mapping[str, LazyTensor], model_type: str | None) -> dict[str, LazyTensor]:
+    """The same with a tensor for each matrix of each expert, where a file has those of all in one; under the names that other systems
+    know, where transformers 5 has changed those of a Mixtral."""
+    out: dict[str, LazyTensor] = {}
+    own: dict[str, str] = MIXTRAL if model_type == "mixtral" else {}
+    if own:
+        tensors = {name.replace(".mlp.", ".block_sparse_moe."): tensor for name, tensor in tensors.items()}
+    for name, tensor in tensors.items():
+        found = (_STACK.fullmatch(name) or _FUSED.fullmatch(name)) if len(tensor.shape) == 3 else None
+        if found is None:
+            out[name] = tensor
+            continue
+        experts, rows = tensor.shape[:2]
+        pieces = {found["part"]: tensor}
+        if found["part"] == "gate_up_proj":
+            half = rows // 2
+            pieces = {p: transformed(tensor, (Rows(at, half, axis=1),)) for p, at in (("gate_proj", 0), ("up_proj", half))}
+        for part, stack in pieces.items():
+            out |= parts_of(stack, [f"{found['block']}.{e}.{own.get(part, part)}.weight" for e in range(experts)])
     return out
 
 
@@ -106,10 +137,6 @@ def export_checkpoint(
     """
     if checkpoint.format == "native":
         raise UnsupportedFormatError(f"{checkpoint.path} is a native checkpoint; export the one that it was converted from")
-    if checkpoint.config.get("num_local_experts") or checkpoint.config.get("num_experts"):
-        raise UnsupportedFormatError(
-            f"{checkpoint.path} has experts, which are not exported to {form}; convert it to the native form"
-        )
     metadata = {}
     if checkpoint.format == "gguf":
         from convert.readers.gguf import MappedFile, read_header
@@ -119,7 +146,9 @@ def export_checkpoint(
             raise UnsupportedFormatError(
                 f"a GGUF file of a {model_type} is not exported; give the model's safetensors (exported are {', '.join(SAME_IN_GGUF)})"
             )
-    tensors = quantized_for(form, checkpoint.tensors, spec) if tensors is None else dict(tensors)
+    tensors = (
+        quantized_for(form, checkpoint.tensors, spec, checkpoint.config.get("model_type")) if tensors is None else dict(tensors)
+    )
     assets = checkpoint.assets
     export(dst, form, config=checkpoint.config, tensors=tensors, assets=assets, metadata=metadata, progress=progress)
     return tensors
@@ -212,7 +241,7 @@ def _gptq(tensors: Mapping[str, LazyTensor]) -> tuple[Module, dict[str, Any]]:
 
 
 def _compressed(tensors: Mapping[str, LazyTensor]) -> tuple[Module, dict[str, Any]]:
-    packed = _packed(tensors, "compressed-tensors", ("int4", "int8", "uint8"))
+    packed = _packed(tensors, "compressed-tensors", ("int4", "int8", "uint8", "fp8"))
     schemes: dict[str, dict[str, Any]] = {}
     for name, tensor in packed.items():
         p = tensor.packed
@@ -220,15 +249,33 @@ def _compressed(tensors: Mapping[str, LazyTensor]) -> tuple[Module, dict[str, An
         if p.kind.bits == 4 and tensor.shape[1] % 8:
             raise UnsupportedFormatError(f"{name} {tensor.shape}: pack-quantized has inputs in multiples of 8")
         scale = {"strategy": "group" if p.group else "channel", "group_size": p.group}
+        floats = p.format == "fp8"
         scheme: dict[str, Any] = {
-            "format": compressed_tensors.PACKED if p.kind.bits == 4 else compressed_tensors.INT,
-            "weights": {"num_bits": p.kind.bits, "type": "int", "symmetric": not p.zeros, "dynamic": False, **scale},
+            "format": compressed_tensors.PACKED
+            if p.kind.bits == 4
+            else compressed_tensors.FLOAT
+            if floats
+            else compressed_tensors.INT,
+            "weights": {
+                "num_bits": p.kind.bits,
+                "type": "float" if floats else "int",
+                "symmetric": not p.zeros,
+                "dynamic": False,
+                **scale,
+            },
             "input_activations": None,
             "output_activations": None,
         }
         if p.activation:
-            strategy = {"strategy": "group" if p.activation.group else "token", "group_size": p.activation.group}
-            scheme["input_activations"] = {"num_bits": 8, "type": "int", "symmetric": True, "dynamic": True, **strategy}
+            strategy = "tensor" if p.activation.static else "group" if p.activation.group else "token"
+            scheme["input_activations"] = {
+                "num_bits": 8,
+                "type": "float" if p.activation.format == "fp8" else "int",
+                "symmetric": True,
+                "dynamic": not p.activation.static,
+                "strategy": strategy,
+                "group_size": p.activation.group,
+            }
         key = json.dumps(scheme)
         schemes.setdefault(key, {"targets": [], **scheme})["targets"].append(name.removesuffix(".weight"))
     if len(schemes) == 1:
@@ -247,6 +294,7 @@ def _compressed(tensors: Mapping[str, LazyTensor]) -> tuple[Module, dict[str, An
 def _compressed_module(name: str, q: QTensor) -> dict[str, np.ndarray]:
     bits, n = q.kind.bits, np.asarray(levels(q))
     offset = 1 << bits - 1
-    signed = n if q.format == "int8" else (n.astype(np.int16) - offset).astype(np.int8)
+    signed = n if q.format in ("int8", "fp8") else (n.astype(np.int16) - offset).astype(np.int8)
     zeros = None if q.zeros is None else (np.asarray(q.zeros).astype(np.int16) - offset).astype(np.int8)
-    return compressed_tensors.write(name, signed, np.asarray(q.scales), zeros, bits=bits)
+    out = compressed_tensors.write(name, signed, np.asarray(q.scales), zeros, bits=bits)
+    return out if q.input_scale is None else out | {f"{name}.input_scale": np.asarray(q.input_scale).reshape(1)}

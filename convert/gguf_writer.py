@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,24 @@ from convert.errors import UnsupportedFormatError
 from convert.load import Progress
 from convert.names import gguf as names
 from convert.readers.base import BFLOAT16, FLOAT16, LazyTensor, PackedFormat
-from convert.rules import PermuteRows, transformed
+from convert.rules import PermuteRows, StackedTensor, transformed
 from pallas_kernels.qtensor import QTensor, regroup
 
 BLOCK = 32
-ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # model_type -> general.architecture
+# model_type -> key of names.ARCHITECTURES
+ARCHITECTURES = {
+    "llama": "llama",
+    "mistral": "llama",
+    "mixtral": "mixtral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "qwen3_moe": "qwen3moe",
+}
+GENERAL = {"mixtral": "llama"}  # general.architecture, where it is another
+_EXPERT = re.compile(r"(?P<block>.*\.experts)\.(?P<number>\d+)\.(?P<part>\w+)\.weight")
 PLAIN = {np.dtype(np.float32): Type.F32, FLOAT16: Type.F16, BFLOAT16: Type.BF16}
 TOKENIZER = "tokenizer."
+ROUTER = ".ffn_gate_inp."  # which llama.cpp keeps in float32
 FILE_TYPES = {Type.F32: 0, Type.F16: 1, Type.Q4_0: 2, Type.Q4_1: 3, Type.Q8_0: 7, Type.BF16: 32}  # general.file_type
 
 
@@ -44,14 +56,15 @@ def write_gguf(
             f"model_type {model_type!r} is not written as GGUF; written are {', '.join(ARCHITECTURES)}"
         )
     architecture = ARCHITECTURES[model_type]
-    writer = GGUFWriter(path, architecture)
+    writer = GGUFWriter(path, GENERAL.get(architecture, architecture))
     for key, value in _keys(config, architecture).items():
         _add(writer, key, value)
     for key, value in metadata.items():
         if key.startswith(TOKENIZER):
             _add(writer, key, value)
-    ordered = {_gguf_name(name): _stored_order(tensor, config, architecture) for name, tensor in tensors.items()}
-    kinds = {name: _type(tensor) for name, tensor in ordered.items()}
+    whole = _experts_together(tensors)
+    ordered = {_gguf_name(name, architecture): _stored_order(tensor, config, architecture) for name, tensor in whole.items()}
+    kinds = {name: Type.F32 if ROUTER in name else _type(tensor) for name, tensor in ordered.items()}
     scaling = config.get("rope_scaling") or {}
     factors = np.asarray(scaling["factors"], np.float32) if scaling.get("rope_type") == "factors" else None
     writer.add_quantization_version(2)
@@ -78,6 +91,22 @@ def write_gguf(
                 progress(done, total, name)
 
 
+def _experts_together(tensors: Mapping[str, LazyTensor]) -> dict[str, LazyTensor]:
+    """The same with one tensor for a matrix of all experts of a layer. Raises UnsupportedFormatError where one is missing."""
+    out: dict[str, LazyTensor] = {}
+    stacks: dict[str, dict[int, LazyTensor]] = {}
+    for name, tensor in tensors.items():
+        if found := _EXPERT.fullmatch(name):
+            stacks.setdefault(f"{found['block']}.{found['part']}.weight", {})[int(found["number"])] = tensor
+        else:
+            out[name] = tensor
+    for name, parts in stacks.items():
+        if sorted(parts) != list(range(len(parts))):
+            raise UnsupportedFormatError(f"{name}: there are experts {sorted(parts)}, and those between them are missing")
+        out[name] = StackedTensor(name, [parts[n] for n in range(len(parts))])
+    return out
+
+
 def _add(writer: GGUFWriter, key: str, value: Any) -> None:
     kinds: dict[type, Callable[[str, Any], None]] = {
         bool: writer.add_bool,
@@ -102,7 +131,16 @@ def _keys(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
             f"sliding_window {config['sliding_window']} is not written: {architecture} files have none"
         )
     values.pop("sliding_window", None)
-    keys = {f"{architecture}.{key}": values[name] for key, name in names.CONFIG.items() if values.get(name) is not None}
+    if architecture == "qwen3moe" and (
+        not config.get("norm_topk_prob") or config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1
+    ):
+        raise UnsupportedFormatError(
+            "llama.cpp gives every layer of a qwen3_moe experts whose weights add up to one; this model has norm_topk_prob false, "
+            "mlp_only_layers or a decoder_sparse_step"
+        )
+    known = {**names.CONFIG, **names.ARCHITECTURES[architecture].keys}
+    architecture = GENERAL.get(architecture, architecture)
+    keys = {f"{architecture}.{key}": values[name] for key, name in known.items() if values.get(name) is not None}
     size = config.get("head_dim") or hidden // heads
     keys |= {f"{architecture}.{key}": size for key in names.HEAD}
     kind = rope.get("rope_type") or rope.get("type") or "default"
@@ -113,18 +151,18 @@ def _keys(config: Mapping[str, Any], architecture: str) -> dict[str, Any]:
     return keys
 
 
-def _gguf_name(name: str) -> str:
+def _gguf_name(name: str, architecture: str) -> str:
     """The GGUF name of a canonical name. Raises UnsupportedFormatError for one that has none."""
     module, _, end = name.rpartition(".")
     parts = module.split(".")
     if module.startswith("model.layers."):
-        block = {canonical: own for own, canonical in names.BLOCK.items()}
+        block = {canonical: own for own, canonical in {**names.BLOCK, **names.ARCHITECTURES[architecture].block}.items()}
         own = block.get(".".join(parts[3:]))
         out = f"blk.{parts[2]}.{own}.{end}"
     else:
         own = {canonical: own for own, canonical in names.TOP.items()}.get(module)
         out = f"{own}.{end}"
-    if own is None or names.canonical_name(out) != name:
+    if own is None or names.canonical_name(out, architecture) != name:
         raise UnsupportedFormatError(f"{name} has no name in GGUF files")
     return out
 
@@ -162,7 +200,7 @@ def _blocks(q: QTensor) -> np.ndarray:
     q = regroup(q, BLOCK)
     values = np.asarray(q.values).view(np.uint8).reshape(*q.scales.shape, -1)
     heads = [np.asarray(a)[..., None].view(np.uint8) for a in (q.scales, q.zeros) if a is not None]
-    return np.concatenate([*heads, values], -1).reshape(q.shape[0], -1)
+    return np.concatenate([*heads, values], -1).reshape(*q.shape[:-1], -1)
 
 
 def _plain(value: np.ndarray, kind: Type) -> np.ndarray:

@@ -77,6 +77,8 @@ def _check_parts(q: QTensor, name: str) -> QTensor:
     check_finite(np.asarray(q.scales), f"{name} (scales)")
     if q.zeros is not None:
         check_finite(np.asarray(q.zeros), f"{name} (zeros)")
+    if q.input_scale is not None:
+        check_finite(np.asarray(q.input_scale), f"{name} (input scale)")
     return q
 
 
@@ -140,7 +142,7 @@ class _WithActivation(_Wrapper):
     def read(self, units: Shard = None) -> QTensor:
         value = self._source.read(units)
         assert isinstance(value, QTensor)  # a packed source
-        return _check_parts(value, self.name).replace(activation=self._activation)
+        return _check_parts(value, self.name).replace(activation=self._activation, input_scale=None)
 
 
 class _Quantized(_Wrapper):
@@ -223,6 +225,8 @@ def with_activation(t: LazyTensor, activation: ActivationQuant | None) -> LazyTe
     """A packed tensor as it is, its inputs quantised as `activation` says. Raises QuantizationError if it is not packed."""
     if t.packed is None:
         raise QuantizationError(f"{t.name} is not packed; use quantized(t, QuantSpec(..., activation=...))")
+    if activation is not None and activation.static:
+        raise QuantizationError(f"{t.name}: a static scale of inputs comes from a text; use jaxinfer quantize")
     return _WithActivation(t, dataclasses.replace(t.packed, activation=activation))
 
 

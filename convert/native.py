@@ -91,7 +91,7 @@ def _save_params(folder: Path, arrays: Mapping[str, np.ndarray | QTensor]) -> No
             q = repack(value, "canonical")
             # float8 goes as bytes: not every release of the array library knows its name
             values = q.values.view(np.uint8) if q.format == "fp8" else q.values
-            parts = {"values": values, "scales": q.scales, "zeros": q.zeros, "order": q.order}
+            parts = {"values": values, "scales": q.scales, "zeros": q.zeros, "order": q.order, "input_scale": q.input_scale}
             tree |= {f"{path}/{part}": array for part, array in parts.items() if array is not None}
         else:
             tree[path] = value

@@ -59,23 +59,25 @@ class Transpose(Transform):
 
 @dataclasses.dataclass(frozen=True)
 class Rows(Transform):
-    """Rows start .. start + count of the first axis: one part of a fused tensor such as qkv."""
+    """Rows start .. start + count: one part of a fused tensor such as qkv. axis: of the rows, 1 in a stack of matrices."""
 
     start: int
     count: int
+    axis: int = 0
 
     def shape(self, source):
-        if not source or self.start + self.count > source[0]:
+        if len(source) <= self.axis or self.start + self.count > source[self.axis]:
             raise ConversionError(f"rows {self.start}..{self.start + self.count} do not lie in the shape {source}")
-        return (self.count, *source[1:])
+        return (*source[: self.axis], self.count, *source[self.axis + 1 :])
 
     def units(self, target, source):
-        rows = target[0]
+        rows = target[self.axis]
         if rows is None:
             size = math.gcd(self.start, self.count) or 1
-            return (Units(size, tuple(range(self.start // size, (self.start + self.count) // size))), *target[1:])
-        moved = np.where(rows.elements < 0, -1, rows.elements + self.start)
-        return (Units(1, tuple(moved.tolist())), *target[1:])
+            read = Units(size, tuple(range(self.start // size, (self.start + self.count) // size)))
+        else:
+            read = Units(1, tuple(np.where(rows.elements < 0, -1, rows.elements + self.start).tolist()))
+        return (*target[: self.axis], read, *target[self.axis + 1 :])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,12 +146,35 @@ class StackedTensor(LazyTensor):
         self.shape = (len(parts), *first.shape)
         self._parts = tuple(parts)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the tensors that were stacked."""
+        return tuple(part.name for part in self._parts)
+
     def read(self, units: Shard = None) -> np.ndarray | QTensor:
         lead, *own = self.shard(units)
         chosen = range(len(self._parts)) if lead is None else lead.elements.tolist()
         read = [self._parts[max(i, 0)].read(own) for i in chosen]  # of padding as much as there is of a real one
         blank = [jax.tree.map(np.zeros_like, a) if i < 0 else a for i, a in zip(chosen, read, strict=True)]
         return jax.tree.map(lambda *arrays: np.stack(arrays), *blank)
+
+
+class StackPart(LazyTensor):
+    """One tensor of a stack, under a name of its own."""
+
+    def __init__(self, name: str, stack: LazyTensor, number: int):
+        self.name, self.dtype, self.packed = name, stack.dtype, stack.packed
+        self.shape = stack.shape[1:]
+        self._stack, self._number = stack, number
+
+    def read(self, units: Shard = None) -> np.ndarray | QTensor:
+        value = self._stack.read((Units(1, (self._number,)), *self.shard(units)))
+        return jax.tree.map(lambda a: a[0], value)
+
+
+def parts_of(stack: LazyTensor, names: Sequence[str]) -> dict[str, LazyTensor]:
+    """The tensors of a stack by name, lazy as it is."""
+    return {name: StackPart(name, stack, n) for n, name in enumerate(names)}
 
 
 def transformed(source: LazyTensor, transforms: Sequence[Transform]) -> LazyTensor:

@@ -59,6 +59,7 @@ def _outline(tensor: Any) -> np.ndarray | QTensor:
         format=kept.format,
         group=kept.group,
         activation=kept.activation,
+        input_scale=np.empty((1, 1), np.float32) if kept.activation and kept.activation.static else None,
     )
 
 

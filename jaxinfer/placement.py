@@ -136,6 +136,7 @@ class Plan:
         return next(layer for stage in range(len(self.counts)) if (layer := self.layer(stage, slot)) is not None)
 
 
+INPUT_SCALE = (jax.tree_util.GetAttrKey("input_scale"),)  # the place in a QTensor
 BALANCED_FOR = (8, 8192)  # sequences and cached tokens of the decode step for which stages are made alike
 
 
@@ -353,20 +354,21 @@ class _Placer:
             devices.append(device)
             local.append(shards[key])
 
-        # a scale per channel has one column, which no shard of the inputs divides, and an order one row for all outputs; of other parts a
-        # shard may well have one group, or one expert
+        # a scale per channel has one column, which no shard of the inputs divides, an order one row for all outputs, and a scale of inputs
+        # neither; of other parts a shard may well have one group, or one expert
         one = local[0]
-        shared = isinstance(one, QTensor) and (one.group is None or one.order is not None)
+        by_channel = isinstance(one, QTensor) and (one.group is None or one.order is not None)
 
-        def assemble(*leaves):
+        def assemble(path, *leaves):
             shape = (1, *leaves[0].shape) if staged else leaves[0].shape
+            shared = by_channel or path == INPUT_SCALE
             kept = [n > 1 or i == 0 or e == EXPERT or not shared for i, (e, n) in enumerate(zip(mesh_axes, shape, strict=True))]
             entries = [e if keep else None for e, keep in zip(mesh_axes, kept, strict=True)]
             times = [math.prod(self.mesh.shape[m] for m in ((e,) if isinstance(e, str) else e or ())) for e in entries]
             whole = tuple(n * t for n, t in zip(shape, times, strict=True))
             return self._put(leaves, devices, whole, NamedSharding(self.mesh, PartitionSpec(*entries)))
 
-        return jax.tree.map(assemble, *local)
+        return jax.tree_util.tree_map_with_path(assemble, *local)
 
     def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):
         """One array of what each device holds."""
@@ -406,6 +408,8 @@ class _Shapes(_Placer):
         shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((*lead, count, a.shape[-1]), a.dtype), row)
         if isinstance(row, QTensor) and row.order is not None:  # one row for all outputs
             shapes = shapes.replace(order=jax.ShapeDtypeStruct((*lead, 1, row.order.shape[-1]), row.order.dtype))
+        if isinstance(row, QTensor) and row.input_scale is not None:
+            shapes = shapes.replace(input_scale=jax.ShapeDtypeStruct((*lead, 1, 1), row.input_scale.dtype))
         return shapes
 
     def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):
@@ -444,8 +448,8 @@ class _Kind:
 
     @property
     def joins(self) -> bool:
-        """Whether it can be joined with another of its kind: not where each tensor has an order of inputs of its own."""
-        return self.dtype != "int4_ordered"
+        """Whether it can be joined with another of its kind: not where each tensor has an order or a scale of inputs of its own."""
+        return self.dtype != "int4_ordered" and not (self.activation and self.activation.static)
 
     @property
     def groups(self) -> tuple[int, ...]:

@@ -14,19 +14,20 @@ import numpy as np
 from flax import nnx
 
 from convert.errors import DestinationExistsError, UnsupportedFormatError
-from convert.export import FORMS, export_checkpoint
+from convert.export import FORMS, experts_apart, export_checkpoint
 from convert.native import save_native
 from convert.readers import DESCRIPTION, open_checkpoint
 from convert.readers.base import LazyTensor
-from convert.rules import TransformedTensor
+from convert.rules import StackedTensor, TransformedTensor, parts_of
 from jaxinfer.config import QuantizationConfig
 from jaxinfer.errors import QuantizationError
 from jaxinfer.loading import Source, load_model, open_source
 from jaxinfer.models.decoder import Decoder, parameters
 from jaxinfer.quantization.calibration import calibration_tokens
 from jaxinfer.quantization.grids import check_searchable
-from jaxinfer.quantization.methods import LayerReport, Method, Quantizer, key
+from jaxinfer.quantization.methods import LayerReport, Method
 from jaxinfer.quantization.policy import Kept, attending, kept, matched
+from jaxinfer.quantization.quantizer import Quantizer, key
 from jaxinfer.quantization.sensitivity import FORMS as CHOICES
 from jaxinfer.quantization.sensitivity import Choice, allocate, allocate_to_loss, sensitivities
 from jaxinfer.text import Tokenizer
@@ -115,18 +116,23 @@ def quantize_checkpoint(
         if choice not in DTYPES:
             QuantizationConfig.parse(choice)
     opened = open_source(src, progress)
-    if opened.config.moe is not None:
-        raise QuantizationError(
-            f"{opened.path} has experts, whose inputs are not measured; jaxinfer convert --quantize rounds them to the nearest level"
-        )
+    if opened.config.moe is not None and (budget is not None or loss is not None or method.static_inputs):
+        what = "inputs get no static scale" if method.static_inputs else "bits are not chosen"
+        raise QuantizationError(f"{opened.path} has experts, whose {what}; give bits, and leave static_inputs out")
     how = _kept(opened, quantization, form)
     if budget is not None and loss is not None:
         raise QuantizationError("bits are chosen by a budget or by a loss; leave one of them")
     if loss is not None and not 0 < loss < math.inf:
         raise QuantizationError(f"the loss is {loss}; give by how much perplexity may grow, such as 0.01")
     chosen = budget is not None or loss is not None
+    rounded = any(value.spec and value.spec.activation for path, value in how.items() if path.startswith("blocks."))
+    if method.static_inputs and not rounded:
+        raise QuantizationError(
+            "static scales are for inputs that are rounded, and none is; give activation_bits 8, or leave static_inputs"
+        )
     if calibration is None and (verify or chosen or method.reads_text):
         what = "verify" if verify else "a choice of bits" if chosen else f"the method {method.name}"
+        what = what if verify or chosen or method.name != "rtn" else "a static scale of inputs"
         raise QuantizationError(f"{what} needs a calibration text; give one")
     tokens, held_out = (None, None) if calibration is None else _tokens(opened, calibration, verify)
     choices: dict[str, Choice] = {}
@@ -151,8 +157,13 @@ def quantize_checkpoint(
         config = attending(opened.config, quantization).to_dict()
         save_native(dst, config=config, tensors=results, assets=opened.assets, progress=progress, overwrite=overwrite)
     else:
-        by_name = {tensor.name: tensor for tensor in results.values()}
-        export_checkpoint(dst, form, open_checkpoint(opened.path), tensors=by_name, progress=progress)
+        by_name: dict[str, LazyTensor] = {}
+        for path, tensor in results.items():
+            stack = opened.tensors[path]
+            by_name |= parts_of(tensor, stack.names) if isinstance(stack, StackedTensor) else {tensor.name: tensor}
+        source = open_checkpoint(opened.path)
+        by_name = experts_apart(by_name, source.config.get("model_type"))
+        export_checkpoint(dst, form, source, tensors=by_name, progress=progress)
     comparison = None
     if held_out is not None:
         comparison = compare(load_model(src, dtype="float32"), load_model(dst), held_out)
@@ -262,15 +273,14 @@ def compare(reference: Decoder, model: Decoder, windows: np.ndarray, progress: P
         if progress:
             progress(n, len(windows), "windows")
         ids = jnp.asarray(window[None])
-        sums += np.asarray(_compared(first(ids), second(ids), ids[0, 1:]), np.float64)
-    nll, own, kl, same = sums / (windows.size - len(windows))
-    return Comparison(
-        tokens=windows.size - len(windows),
-        reference_perplexity=math.exp(nll),
-        perplexity=math.exp(own),
-        kl=kl,
-        same_top1=same,
-    )
+        sums += np.asarray(compared(first(ids), second(ids), ids[0, 1:]), np.float64)
+    return comparison(sums, windows.size - len(windows))
+
+
+def comparison(sums: np.ndarray, tokens: int) -> Comparison:
+    """Of the sums of `compared` over so many tokens."""
+    nll, own, kl, same = sums / tokens
+    return Comparison(tokens=tokens, reference_perplexity=math.exp(nll), perplexity=math.exp(own), kl=kl, same_top1=same)
 
 
 def logits_of(model: Decoder) -> Callable[[jax.Array], jax.Array]:
@@ -281,8 +291,9 @@ def logits_of(model: Decoder) -> Callable[[jax.Array], jax.Array]:
 
 
 @jax.jit
-def _compared(reference, logits, targets):
-    """Sums over the tokens: negative log-likelihoods of both, KL(reference || model), agreements of the most likely token."""
+def compared(reference, logits, targets):
+    """Of logits [T, V] and the tokens [T] that followed, float32 [4], sums over these: negative log-likelihoods of both, KL divergence of
+    the reference to the model, agreements of the most likely token."""
     p, q = jax.nn.log_softmax(reference), jax.nn.log_softmax(logits)
     nll = lambda a: -jnp.take_along_axis(a, targets[:, None], 1).sum()
     return nll(p), nll(q), jnp.sum(jnp.exp(p) * (p - q)), jnp.sum(jnp.argmax(p, -1) == jnp.argmax(q, -1))

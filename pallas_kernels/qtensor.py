@@ -42,15 +42,17 @@ LAYOUTS = ("canonical", "cpu32", "gpu")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActivationQuant:
-    """Dynamic symmetric quantisation of the inputs of a matmul.
+    """Symmetric quantisation of the inputs of a matmul.
 
     group: inputs that share a scale (64 by default: no collective under tensor parallelism), or None for one scale a token.
-    format: int8, or fp8 (e4m3) for fp8 weights.
+    format: int8, or fp8 (e4m3) for fp8 weights. static: one scale for all inputs of all tokens, which the weight brings along
+    (QTensor.input_scale), instead of scales that are taken from the inputs; has no group.
     """
 
     bits: int = 8
     group: int | None = 64
     format: str = "int8"
+    static: bool = False
 
     def __post_init__(self):
         if self.format not in ("int8", "fp8"):
@@ -61,11 +63,15 @@ class ActivationQuant:
             )
         if self.group is not None and self.group < 1:
             raise QuantizationError(f"activation group {self.group}: give a positive number of inputs, or None for per token")
+        if self.static and self.group is not None:
+            raise QuantizationError(
+                f"activation group {self.group}: a static scale is one for all inputs; leave the group None"
+            )
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("values", "scales", "zeros", "order"),
+    data_fields=("values", "scales", "zeros", "order", "input_scale"),
     meta_fields=("format", "group", "layout", "activation"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,7 +82,8 @@ class QTensor:
     mxfp4. zeros: None, or like scales; see the module for its meaning. group: inputs per scale, None per channel (formats of a
     byte only). layout: canonical | cpu32 | gpu, see `repack`. activation: how inputs are quantised in matmuls with this weight,
     or None. order: of int4_ordered only, int32 [..., 1, I], which of the scales [..., O, groups] an input has, -1 for an input of
-    zeros; `group` is then how nibbles are packed. Raises QuantizationError for an activation format that the weights have not.
+    zeros; `group` is then how nibbles are packed. input_scale: float32 [..., 1, 1] where `activation` is static, else None.
+    Raises QuantizationError for an activation format that the weights have not.
     """
 
     values: jax.Array | np.ndarray
@@ -87,6 +94,7 @@ class QTensor:
     layout: str = "canonical"
     activation: ActivationQuant | None = None
     order: jax.Array | np.ndarray | None = None
+    input_scale: jax.Array | np.ndarray | None = None
 
     def __post_init__(self):
         if self.activation is not None and self.activation.format == "fp8" and self.format != "fp8":
@@ -308,7 +316,8 @@ def repack(q: QTensor, layout: str) -> QTensor:
         return repack(repack(q, "canonical"), layout)
     per_lane = 1 if q.kind.nibbles else 4
     if layout == "gpu" or q.layout == "gpu":
-        return jax.tree.map(lambda a: a.swapaxes(-1, -2), q).replace(layout=layout)
+        turned = lambda a: a.swapaxes(-1, -2)
+        return _map_parts(q, turned, turned, layout)
     if layout == "cpu32":
         outputs, inputs = q.values.shape[-2:]
         if outputs % 32 or inputs % per_lane:
@@ -351,6 +360,8 @@ def concatenate(parts, axis: int = -2) -> QTensor:
     ):
         raise QuantizationError("only weights of one format, group, layout and activation can be joined")
     xp, order = _namespace(first.values), first.order
+    if first.input_scale is not None:
+        raise QuantizationError("weights with static input scales are not joined: each has a scale of its own")
     if order is not None:
         if any(isinstance(p.order, jax.core.Tracer) or not np.array_equal(p.order, order) for p in parts):
             raise QuantizationError(f"{first.format} weights are joined where their inputs have the same groups only")
@@ -364,9 +375,9 @@ def take(q: QTensor, *, axis: int, unit: int, indices) -> QTensor:
     Units smaller than a group repeat the group's scale (see `regroup`), so any unit that shares an even divisor with the group works.
     """
     indices = np.asarray(indices)
-    if axis == -2:  # the order of the inputs is the same for all outputs
-        rows = jax.tree.map(lambda a: _take_padded(a, _spread(indices, unit), -2), q.replace(order=None))
-        return rows.replace(order=q.order)
+    if axis == -2:  # the order of the inputs and their scale are the same for all outputs
+        cut = lambda a: None if a is None else _take_padded(a, _spread(indices, unit), -2)
+        return q.replace(values=cut(q.values), scales=cut(q.scales), zeros=cut(q.zeros))
     if axis != -1:
         raise ShapeError(f"axis {axis}: a QTensor is cut along -2 (outputs) or -1 (inputs)")
     if q.group is None and q.zeros is not None and (indices < 0).any():

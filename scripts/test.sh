@@ -12,7 +12,8 @@ them read (93 MB, once), checks format, lint and types, and runs the tests on th
   (no option)   everything that takes seconds: no slow, full, gpu, root or oracle tests
   --slow        the slow tests instead, without format, lint and types
   --full        full products instead, of what the others take one of each of
-  --oracle      the comparison with transformers on torch instead, in an environment made by scripts/oracle_env.sh
+  --oracle      the comparison with transformers on torch instead, in an environment made by scripts/oracle_env.sh, and with other
+                systems' quantisers in those of scripts/quantizers_env.sh and scripts/bench/peers_env.sh (llama.cpp)
   --all         all of these, and the root tests when run as root
 
 Further arguments go to pytest, for instance: scripts/test.sh -k rope -x
@@ -55,6 +56,11 @@ export JAX_COMPILATION_CACHE_DIR=${JAX_COMPILATION_CACHE_DIR:-$JAXINFER_CACHE/te
 if [ "$mode" = oracle ] || [ "$mode" = all ]; then
   JAXINFER_ORACLE_PYTHON=$("$JAXINFER_ROOT/scripts/oracle_env.sh")
   export JAXINFER_ORACLE_PYTHON
+  # Other systems' quantisers, as far as they can be had; the tests of the others are skipped, and say so.
+  JAXINFER_QUANTIZERS_PYTHON=$("$JAXINFER_ROOT/scripts/quantizers_env.sh") || JAXINFER_QUANTIZERS_PYTHON=
+  JAXINFER_LLAMA_CPP_PYTHON=$("$JAXINFER_ROOT/scripts/bench/peers_env.sh" llama-cpp-python |
+    tee /dev/stderr | awk -F '\t' '$2 == "ready" { print $4 }')
+  export JAXINFER_QUANTIZERS_PYTHON JAXINFER_LLAMA_CPP_PYTHON
 fi
 
 case $mode in

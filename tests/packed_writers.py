@@ -7,6 +7,7 @@ It follows the format's description and shares nothing with the reader.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -160,6 +161,16 @@ def fp8(*, scale: str, rows=32, columns=32) -> Callable[..., Written]:
     return write
 
 
+def static_inputs(write: Callable[..., Written], top: float) -> Callable[..., Written]:
+    """The same with a scale of inputs up to 8."""
+
+    def with_scale(rng, outputs, inputs):
+        tensors, w = write(rng, outputs, inputs)
+        return tensors | {"input_scale": np.array([8 / top], np.float32)}, w
+
+    return with_scale
+
+
 E2M1 = {0: 0.0, 1: 0.5, 2: 1.0, 3: 1.5, 4: 2.0, 5: 3.0, 6: 4.0, 7: 6.0}
 
 
@@ -226,6 +237,7 @@ _INT4 = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "
 _INT8 = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "group_size": None, "dynamic": False}
 _FP8 = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "channel", "dynamic": False, "observer": "minmax"}
 _TOKENS = {"num_bits": 8, "symmetric": True, "strategy": "token", "dynamic": True, "observer": None}
+_STATIC = {"num_bits": 8, "symmetric": True, "strategy": "tensor", "dynamic": False, "observer": "minmax"}
 _GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 8, "damp_percent": 0.01, "desc_act": False, "sym": False}
 _NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "load_in_8bit": False, "bnb_4bit_quant_type": "nf4"}
 
@@ -255,6 +267,12 @@ FORMATS = {
     "fp8": Format(compressed("float-quantized", _FP8), fp8(scale="channel")),
     "fp8_tensor": Format(compressed("naive-quantized", _FP8 | {"strategy": "tensor"}), fp8(scale="tensor")),
     "fp8_inputs": Format(compressed("float-quantized", _FP8, _TOKENS | {"type": "float"}), fp8(scale="channel"), exact=False),
+    "int8_static_inputs": Format(
+        compressed("int-quantized", _INT8, _STATIC | {"type": "int"}), static_inputs(int_quantized(), 127), exact=False
+    ),
+    "fp8_static_inputs": Format(
+        compressed("float-quantized", _FP8, _STATIC | {"type": "float"}), static_inputs(fp8(scale="channel"), 448), exact=False
+    ),
     "fp8_blocks": Format(
         {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [32, 32]},
         fp8(scale="block"),
@@ -273,7 +291,7 @@ def write_folder(folder: Path, config: dict[str, Any], tensors: dict[str, np.nda
     """A folder in a format: every projection packed, the rest of `tensors` as it is. Returns the floats of all by plain name."""
     form, rng, stored, truth = FORMATS[name], np.random.default_rng(len(name)), {}, {}
     for full, array in sorted(tensors.items()):
-        if full.endswith("_proj.weight"):
+        if re.search(r"(_proj|\.w[123])\.weight$", full):
             parts, truth[full] = form.write(rng, *array.shape)
             stored |= {f"{full.removesuffix('.weight')}.{end}": part for end, part in parts.items()}
         else:

@@ -7,6 +7,7 @@ activation_scheme "dynamic": inputs are rounded to FP8 with one scale per token 
 for each of its outputs, in groups of its inputs: see qtensor. Layout: DeepSeek-V3's repository, fp8 weights.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -50,11 +51,12 @@ class FP8Matrix(PackedMatrix):
         *,
         block: tuple[int, int] | None = None,
         activation: ActivationQuant | None = None,
+        input_scale: LazyTensor | None = None,
     ):
         if weight.dtype != FP8 or len(weight.shape) != 2:
             raise UnsupportedFormatError(f"{weight.name} is {weight.dtype} {weight.shape}, not a matrix of {FP8}")
         self.name, self.shape = weight.name, weight.shape
-        self._weight, self._scales = weight, scales
+        self._weight, self._scales, self._inputs = weight, scales, input_scale
         outputs, inputs = self.shape
         self._block = (block[0], block[1]) if block else None
         group = repeated_group(self._block[1], inputs) if self._block else None
@@ -72,6 +74,15 @@ class FP8Matrix(PackedMatrix):
         scales = np.asarray(self._scales.read()).astype(np.float32)
         if self._block:
             by_row = scales[rows.elements // self._block[0]]
-            return {"scales": np.ascontiguousarray(by_row[:, starts(columns, self.packed.group or 1) // self._block[1]])}
-        scales = scales.reshape(-1, 1)
-        return {"scales": scales[rows.elements] if len(scales) > 1 else np.repeat(scales.reshape(1, 1), rows.length, 0)}
+            scales = np.ascontiguousarray(by_row[:, starts(columns, self.packed.group or 1) // self._block[1]])
+        else:
+            scales = scales.reshape(-1, 1)
+            scales = scales[rows.elements] if len(scales) > 1 else np.repeat(scales.reshape(1, 1), rows.length, 0)
+        return {"scales": scales} if self._inputs is None else {"scales": scales, "input_scale": one_scale(self._inputs)}
+
+
+def one_scale(stored: LazyTensor) -> np.ndarray:
+    """The static scale of a module's inputs, float32 [1, 1]. Raises UnsupportedFormatError for several."""
+    if math.prod(stored.shape) != 1:
+        raise UnsupportedFormatError(f"{stored.name} {stored.shape}: a static scale is one for all inputs")
+    return np.asarray(stored.read()).astype(np.float32).reshape(1, 1)

@@ -7,7 +7,8 @@
     mxfp4-pack-quantized weight_packed uint8 [O, I / 2], the low nibble first, weight_scale uint8 [O, I / 32]
     naive-quantized      as int- or float-quantized
 
-Dynamic quantisation of inputs, per token or group, becomes the QTensor's activation. Layout: the compressed-tensors package.
+Quantisation of inputs becomes the QTensor's activation: dynamic per token or group, or static with input_scale [1] of the module.
+Layout: the compressed-tensors package.
 """
 
 import re
@@ -18,7 +19,7 @@ import numpy as np
 
 from convert.errors import ConversionError, UnsupportedFormatError
 from convert.formats.base import Bundle, PackedMatrix, Settings, bundles, in_units, nibbles_in_order, repeated_group, starts
-from convert.formats.block_fp8 import FP8Matrix
+from convert.formats.block_fp8 import FP8Matrix, one_scale
 from convert.formats.gptq import pack_words
 from convert.readers.base import LazyTensor, PackedFormat
 from pallas_kernels.qtensor import ActivationQuant
@@ -34,7 +35,7 @@ PACKED, INT, FLOAT, NAIVE, MXFP4 = (
     "mxfp4-pack-quantized",
 )
 FORMATS = (PACKED, INT, FLOAT, NAIVE, MXFP4)
-ENDS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+ENDS = ("weight", "weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx", "input_scale")
 UNDERSTOOD = {"quant_method", "config_groups", "format"}
 HARMLESS = {"global_compression_ratio", "ignore", "quantization_status", "version", "transform_config"}
 NEUTRAL: dict[str, Any] = {"sparsity_config": {}, "moe_sparsity_config": {}, "run_compressed": True}
@@ -109,17 +110,22 @@ def _activation(config: Mapping[str, Any] | None, where: str) -> ActivationQuant
     settings.only(ARGS | ARGS_HARMLESS, {})
     settings.one_of("num_bits", (8,), 8)
     settings.one_of("symmetric", (True,), True)
-    settings.one_of("dynamic", (True,), False)  # static scales of inputs are not applied
-    strategy = settings.one_of("strategy", ("token", "group"), "token")
     kind = "fp8" if settings.one_of("type", ("int", "float"), "int") == "float" else "int8"
+    if not settings.one_of("dynamic", (True, False), False):
+        settings.one_of("strategy", ("tensor",), "tensor")
+        return ActivationQuant(format=kind, group=None, static=True)
+    strategy = settings.one_of("strategy", ("token", "group"), "token")
     return ActivationQuant(format=kind, group=settings.get("group_size") if strategy == "group" else None)
 
 
 def _matrix(bundle: Bundle, scheme: Scheme) -> LazyTensor:
     if "weight_g_idx" in bundle:
         raise UnsupportedFormatError(f"{bundle.module}.weight_g_idx: actorder 'group' is not read; requantise with 'weight'")
+    static = bundle["input_scale"] if scheme.activation is not None and scheme.activation.static else None
     if scheme.type == "float" and scheme.bits == 8:
-        return FP8Matrix(bundle["weight"], bundle["weight_scale"], block=scheme.block, activation=scheme.activation)
+        return FP8Matrix(
+            bundle["weight"], bundle["weight_scale"], block=scheme.block, activation=scheme.activation, input_scale=static
+        )
     if scheme.format == MXFP4:
         return MXFP4Matrix(bundle["weight_packed"], bundle["weight_scale"], bundle.name)
     return IntMatrix(bundle, scheme)
@@ -154,6 +160,7 @@ class IntMatrix(PackedMatrix):
         if self._scales.shape not in [(outputs, self._groups), *([(), (1,)] if scheme.strategy == "tensor" else [])]:
             raise UnsupportedFormatError(f"{self._scales.name} {self._scales.shape} is no scale of {self.shape}")
         self._zeros = None if scheme.symmetric else bundle["weight_zero_point"]
+        self._inputs = bundle["input_scale"] if scheme.activation and scheme.activation.static else None
         form = "int4" if scheme.bits == 4 else "int8" if scheme.symmetric else "uint8"
         self.packed = PackedFormat(
             format=form,
@@ -180,7 +187,8 @@ class IntMatrix(PackedMatrix):
             parts["zeros"] = spread(self._zero_points(np.asarray(self._zeros.read())))
         group = self.packed.group
         groups = starts(columns, group) // self._size if group else np.zeros(1, np.int64)
-        return {part: np.ascontiguousarray(a[rows.elements][:, groups]) for part, a in parts.items()}
+        out = {part: np.ascontiguousarray(a[rows.elements][:, groups]) for part, a in parts.items()}
+        return out if self._inputs is None else out | {"input_scale": one_scale(self._inputs)}
 
     def _zero_points(self, stored: np.ndarray) -> np.ndarray:
         """uint8, shifted as the values are."""
@@ -216,7 +224,8 @@ class MXFP4Matrix(PackedMatrix):
 
 
 def write(module: str, levels: np.ndarray, scales: np.ndarray, zeros: np.ndarray | None, *, bits: int) -> dict[str, np.ndarray]:
-    """The tensors of a module, pack-quantized for 4 bits and int-quantized for 8: levels int8 [O, I], scales, zero points [O, G]."""
+    """The tensors of a module, pack-quantized for 4 bits, int- and float-quantized for 8: levels int8 or float8 [O, I], scales, zero
+    points [O, G]."""
     if bits == 8:
         out = {f"{module}.weight": levels, f"{module}.weight_scale": scales}
         return out if zeros is None else out | {f"{module}.weight_zero_point": zeros}

@@ -109,7 +109,7 @@ ARCHITECTURES = {
 }
 GEMMA2_27B = 46  # layers; the one Gemma 2 whose scores are not scaled by the size of its heads, which no key tells
 
-_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)\.(?P<kind>weight|bias)")
+_NAME = re.compile(r"(?:blk\.(?P<layer>\d+)\.)?(?P<part>\w+)(?:\.(?P<expert>\d+))?\.(?P<kind>weight|bias)")
 
 # metadata key without "<architecture>." -> config.json key
 CONFIG = {
@@ -145,10 +145,17 @@ def canonical_name(name: str, architecture: str | None = None) -> str:
     match = _NAME.fullmatch(name)
     own = ARCHITECTURES[architecture].block if architecture in ARCHITECTURES else {}
     table = TOP if match is None or match["layer"] is None else {**BLOCK, **own}
-    if match is None or match["part"] not in table:
+    if match is None:
         return name
-    prefix = "" if match["layer"] is None else f"model.layers.{match['layer']}."
-    return f"{prefix}{table[match['part']]}.{match['kind']}"
+    # files of early 2024 have a tensor for each expert
+    part = match["part"] if match["expert"] is None else f"{match['part']}_exps"
+    if part not in table:
+        return name
+    prefix, module = "" if match["layer"] is None else f"model.layers.{match['layer']}.", table[part]
+    if match["expert"] is not None:
+        block, _, matrix = module.rpartition(".")
+        module = f"{block}.{match['expert']}.{matrix}"
+    return f"{prefix}{module}.{match['kind']}"
 
 
 def rotary_heads(name: str, config: Mapping[str, Any]) -> Any:

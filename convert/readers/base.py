@@ -67,6 +67,8 @@ class PackedFormat:
             out["zeros"] = (scales, self.zeros_dtype)
         if self.ordered:
             out["order"] = ((*lead[:-1], 1, inputs), np.dtype(np.int32))
+        if self.activation is not None and self.activation.static:
+            out["input_scale"] = ((*lead[:-1], 1, 1), np.dtype(np.float32))
         return out
 
     def nbytes(self, shape: Sequence[int]) -> int:

@@ -135,8 +135,10 @@ class _NativeQTensor(LazyTensor):
         """One part; `columns` are in inputs of the logical weight, and are whole groups where there are groups."""
         shape, dtype = self._packed.parts(self.shape)[part]
         per = self.shape[-1] // shape[-1]
+        if part == "input_scale":  # one for all inputs
+            columns = None
         stored = Units(columns.size // per, columns.indices) if columns else None
-        if part == "order":  # one row for all outputs
+        if part in ("order", "input_scale"):  # one row for all outputs
             lead = [*lead[:-1], None]
         if self._packed.format == "fp8" and part == "values":  # stored as bytes
             return self._store.read(f"{self.name}/{part}", shape, np.dtype(np.uint8), (*lead, stored)).view(dtype)

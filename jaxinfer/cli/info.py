@@ -57,7 +57,26 @@ def stored_forms(tensors: Iterable[Any]) -> dict[str, dict[str, int]]:
     return dict(sorted(forms.items(), key=lambda item: -item[1]["bytes"]))
 
 
+def _not_native(tensor) -> str | None:
+    """Why the native CPU kernels do not multiply a packed tensor, or None."""
+    from pallas_kernels.cpu.operands import refusal_of
+
+    if tensor.packed is None or len(tensor.shape) != 2:
+        return None
+    p = tensor.packed
+    return refusal_of(
+        format=p.format,
+        group=p.group,
+        layout="canonical",
+        activation=p.activation,
+        scales=p.scale_dtype.name,
+        zeros=p.zeros_dtype and p.zeros_dtype.name,
+    )
+
+
 def _form(tensor) -> str:
+    from jaxinfer.quantization.report import inputs_of
+
     packed = tensor.packed
     if packed is None:
         return tensor.dtype.name
@@ -65,7 +84,7 @@ def _form(tensor) -> str:
     if packed.zeros_dtype is not None:
         parts.append("with minimum" if packed.zeros_dtype.kind == "f" else "with zero point")
     if packed.activation:
-        parts.append(f"{packed.activation.format} inputs per {packed.activation.group or 'token'}")
+        parts.append(inputs_of(packed.activation))
     return ", ".join(parts)
 
 
@@ -91,6 +110,7 @@ def source_facts(source: str) -> dict[str, Any]:
             tokenizer = None
     config = opened.config
     forms = stored_forms(opened.tensors.values())
+    reasons = {_form(tensor): reason for tensor in opened.tensors.values() if (reason := _not_native(tensor))}
     return {
         "source": source,
         "path": str(opened.path),
@@ -99,6 +119,7 @@ def source_facts(source: str) -> dict[str, Any]:
         "parameters": sum(form["parameters"] for form in forms.values()),
         "bytes": sum(form["bytes"] for form in forms.values()),
         "stored": forms,
+        "not_native": reasons,
         "cache_bytes_per_token": {dtype: cache_bytes(config, dtype) for dtype in CACHE_DTYPES},
         "tokenizer": tokenizer
         and {
@@ -120,6 +141,7 @@ def _print_source(facts: dict[str, Any]) -> None:
     if tokenizer:
         template = "a chat template" if tokenizer["chat_template"] else "no chat template"
         text = f"{tokenizer['vocabulary']} entries, ends at {tokenizer['eos_ids']}, {template}"
+    lines += [f"{name}: not through the native CPU kernels, because {why}" for name, why in facts["not_native"].items()]
     biases = [name for name, there in (("q, k, v", attention["bias"]), ("output", attention["output_bias"])) if there]
     print_fields(
         {

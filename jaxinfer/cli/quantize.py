@@ -61,6 +61,9 @@ so that perplexity grows by at most as much, in estimation: --verify measures it
     weights.add_argument(
         "--activation-bits", metavar="N", type=int, help="of inputs: 8, or 16 (floats); by default 16, 8 for smoothquant"
     )
+    weights.add_argument(
+        "--static-inputs", action="store_true", help="inputs are rounded at one scale a matrix, which the text fixes"
+    )
     rule: dict[str, Any] = {"action": "append", "default": []}
     weights.add_argument(
         "--rule", metavar="PATTERN=FORM", **rule, help="short form or dtype of matrices by module path; repeatable"
@@ -109,7 +112,12 @@ def run(args: argparse.Namespace) -> int:
     start = time.perf_counter()
     quantization = _quantization(args)
     method = Method(
-        name=args.method, clip=not args.no_clip, damping=args.damping, act_order=not args.no_act_order, strength=args.smoothing
+        name=args.method,
+        clip=not args.no_clip,
+        damping=args.damping,
+        act_order=not args.no_act_order,
+        strength=args.smoothing,
+        static_inputs=args.static_inputs,
     )
     with work(f"quantising {short_name(args.source)}", f"wrote {args.destination}") as progress:
         done = quantize_checkpoint(
@@ -201,6 +209,7 @@ def _choice_table(choices) -> list[str]:
 def _print(args: argparse.Namespace, done, seconds: float) -> None:
     before, after = (stored_forms(t.values()) for t in (done.source.tensors, done.tensors))
     errors = {f"blocks.{r.layer}.{name}": error for r in done.layers for name, error in r.errors.items()}
+    plainly = [path for r in done.layers for path in r.plainly]
     comparison = done.comparison and dataclasses.asdict(done.comparison)
     if args.json:
         facts: dict[str, Any] = {
@@ -210,6 +219,7 @@ def _print(args: argparse.Namespace, done, seconds: float) -> None:
             "before": before,
             "after": after,
             "relative_errors": errors,
+            "rounded_plainly": plainly,
             "choices": {path: dataclasses.asdict(choice) for path, choice in done.choices.items()},
             "verified": comparison,
             "seconds": seconds,
@@ -228,6 +238,11 @@ def _print(args: argparse.Namespace, done, seconds: float) -> None:
         worst = sorted(errors.items(), key=lambda item: -item[1])[:WORST]
         fields["error"] = f"{sum(errors.values()) / len(errors):.2%} of the outputs' mean square; the largest: " + ", ".join(
             f"{path} {error:.2%}" for path, error in worst
+        )
+    if plainly:
+        more = f" and {len(plainly) - WORST} more" if len(plainly) > WORST else ""
+        fields["plainly"] = (
+            f"rounded to the nearest, because their experts saw too little of the text: {', '.join(plainly[:WORST])}{more}"
         )
     if comparison:
         c = done.comparison

@@ -130,8 +130,9 @@ def _experts(x, sizes, weights: MoEWeights, spec: MoESpec, ctx: ParallelContext)
             h = grouped_matmul(x, gate, sizes, activation=spec.activation) * grouped_matmul(x, up, sizes)
     with jax.named_scope("down"):
         down: Any = weights.down
-        if isinstance(down, QTensor) and down.activation is not None and down.activation.group is None and ctx.tensor:
+        inputs = down.activation if isinstance(down, QTensor) else None
+        if inputs is not None and inputs.group is None and not inputs.static and ctx.tensor:
             # one scale for a token's inputs, of which every tensor shard has a part
-            h = dequantize_activations(*quantize_activations(h, down.activation, ctx.max_over_tensor), down.activation)
+            h = dequantize_activations(*quantize_activations(h, inputs, ctx.max_over_tensor), inputs)
             down = down.replace(activation=None)
         return grouped_matmul(h, down, sizes)

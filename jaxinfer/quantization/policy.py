@@ -41,7 +41,7 @@ class Kept:
                         "form of the others in quantization.rules"
                     )
                 activation = self.inputs.activation
-            elif activation is None:
+            elif activation is None or activation.static:
                 return checked(tensor)
             return with_activation(tensor, activation and _fitted(activation, self.unit))
         if self.stored and self.dtype is None:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from jaxinfer.models.decoder import DecoderWeights
-from pallas_kernels.qtensor import QTensor
+from pallas_kernels.qtensor import ActivationQuant, QTensor
 
 MATRICES = ("qkv", "out", "up", "down", "embedding", "head")  # fields of the placed weights that are matrices
 OTHERS = "norms and biases"
@@ -60,7 +60,8 @@ def memory_report(weights: DecoderWeights) -> MemoryReport:
         parts = by_row[_kind(path), form_of(leaf)]
         arrays: list[tuple[str, Any]]
         if isinstance(leaf, QTensor):
-            arrays = [("values", leaf.values), *(("scales", a) for a in (leaf.scales, leaf.zeros, leaf.order) if a is not None)]
+            beside = (leaf.scales, leaf.zeros, leaf.order, leaf.input_scale)
+            arrays = [("values", leaf.values), *(("scales", a) for a in beside if a is not None)]
         else:
             arrays = [("values", leaf)]
         for part, array in arrays:
@@ -88,6 +89,11 @@ def _kind(path: tuple[Any, ...]) -> str:
     return ".".join(names) if names[-1] in MATRICES else OTHERS
 
 
+def inputs_of(activation: ActivationQuant) -> str:
+    """How inputs are quantised, in words: "int8 inputs per 64"."""
+    return f"{activation.format} inputs {'at a static scale' if activation.static else f'per {activation.group or "token"}'}"
+
+
 def form_of(value: Any) -> str:
     """How a weight is stored, in words: "bfloat16", or "int4, group 32, zeros, int8 inputs per 64"."""
     if not isinstance(value, QTensor):
@@ -96,5 +102,5 @@ def form_of(value: Any) -> str:
     if value.zeros is not None:
         parts.append("zeros")
     if value.activation is not None:
-        parts.append(f"{value.activation.format} inputs per {value.activation.group or 'token'}")
+        parts.append(inputs_of(value.activation))
     return ", ".join(parts)

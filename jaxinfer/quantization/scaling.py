@@ -38,6 +38,10 @@ class Site:
     repeat: int = 1
     head_dim: int = 1
 
+    def only(self, *matrices: str) -> "Site":
+        """The same with some of its matrices."""
+        return dataclasses.replace(self, matrices=matrices)
+
 
 def sites(config: ModelConfig, half: str, names: Sequence[str]) -> tuple[Site, ...]:
     """The sites of half a layer whose parameters have these names."""
@@ -109,14 +113,36 @@ def awq_factors(
     specs: how each matrix is rounded; those that are not take no part. A ratio of 0 leaves everything as it is.
     Source: Lin et al. 2023, arXiv:2306.00978.
     """
-    amounts = gathered(np.asarray(statistics.mean), site)
+    tried = tried_factors(values, statistics, site, specs, ratios=ratios)
+    return tried.factors[int(np.argmin(tried.errors))]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Tried:
+    """factors: float32 [n, inputs of the source]. errors: of the outputs with each row of them, [n]."""
+
+    factors: np.ndarray
+    errors: np.ndarray
+
+
+def tried_factors(
+    values: Mapping[str, Any],
+    statistics: InputStatistics,
+    site: Site,
+    specs: Mapping[str, QuantSpec | None],
+    *,
+    amounts=None,
+    ratios: Sequence[float] = RATIOS,
+) -> Tried:
+    """What `awq_factors` chooses from. amounts: mean|x_j| that the factors are powers of, in place of the statistics' own."""
+    amounts = gathered(np.asarray(statistics.mean if amounts is None else amounts), site)
     rounded = [(jnp.asarray(values[name]), spec) for name in site.matrices if (spec := specs[name]) and spec.format in INTEGER]
     if not rounded:
-        return np.ones(len(amounts), np.float32)
+        return Tried(factors=np.ones((1, len(amounts)), np.float32), errors=np.zeros(1))
     factors = np.stack([_bounded(amounts**ratio) for ratio in ratios])
     wide = jnp.asarray(np.stack([spread(f, site) for f in factors]))
     errors = sum(_scaled_errors(w, statistics.hessian, wide, spec) for w, spec in rounded)
-    return factors[int(jnp.argmin(errors))]
+    return Tried(factors=factors, errors=np.asarray(errors))
 
 
 @functools.partial(jax.jit, static_argnames="spec")

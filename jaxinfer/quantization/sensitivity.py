@@ -20,8 +20,8 @@ from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import ENDS, DecoderWeights, LayerSpec, embed, head_logits, parameters
 from jaxinfer.quantization.calibration import HALVES, Layers, half_layer, matrices, sharing
 from jaxinfer.quantization.grids import INTEGER, decoded, nearest, search_grid
-from jaxinfer.quantization.methods import layer_weights, read_float, read_layer
 from jaxinfer.quantization.policy import spec_of
+from jaxinfer.quantization.quantizer import layer_weights, read_float, read_layer
 from jaxinfer.values import DTYPES
 from pallas_kernels import qtensor
 from pallas_kernels.errors import QuantizationError

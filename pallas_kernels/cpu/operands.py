@@ -66,6 +66,8 @@ def refusal_of(*, format, group, layout, activation, scales="float32", zeros=Non
         return f"it takes groups of 32, 64, 128 and further powers of two, not {group}"
     if scales not in SCALES or zeros not in (None, *SCALES, "int8", "uint8"):
         return f"it takes scales of {', '.join(SCALES)} and zeros of these or 8-bit integers, not {scales} and {zeros}"
+    if activation is not None and activation.static:
+        return "it takes the scales of inputs from the inputs, not a static one"
     inputs = activation and activation.group
     if inputs and inputs % 32:
         return f"it takes input scales per multiple of 32 inputs, not {inputs}"

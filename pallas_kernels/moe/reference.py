@@ -31,7 +31,10 @@ def grouped_matmul(x, w, sizes, bias, *, activation, gated, out_dtype):
     x = x.astype(jnp.float32)
     if isinstance(w, QTensor):
         if w.activation is not None:
-            levels, scales = quantize_activations(x, w.activation, implementation="reference")
+            static = w.input_scale  # of every expert [E, 1, 1]
+            if static is not None:
+                static = jnp.repeat(static[:, 0], sizes, axis=0, total_repeat_length=x.shape[0])
+            levels, scales = quantize_activations(x, w.activation, static=static, implementation="reference")
             x = dequantize_activations(levels, scales, w.activation)
         w = dequantize(w)
     precision = dot_precision(x.dtype, rows=x.shape[0])

@@ -69,6 +69,8 @@ def weight_refusal(target, *, format, group, layout, activation, zeros, elements
         and (activation.group < 32 or activation.group & (activation.group - 1))
     ):
         return f"it takes input scales per token, or per power of two from 32 on, not per {activation.group}"
+    if activation is not None and activation.static:
+        return "it takes the scales of inputs from the inputs, not a static one"
     if inputs == "int8" and (format not in ("int8", "int4") or zeros is not None):
         return f"int8 inputs meet symmetric int8 and int4 weights here, not {format} with zeros {zeros}"
     return True

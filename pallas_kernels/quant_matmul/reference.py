@@ -28,7 +28,7 @@ def quant_matmul(x, w, *, bias, max_over_shards):
     if isinstance(w, QTensor):
         if w.activation is not None:
             levels, scales = quantize_activations(
-                jax.lax.stop_gradient(x), w.activation, max_over_shards, implementation="reference"
+                jax.lax.stop_gradient(x), w.activation, max_over_shards, static=w.input_scale, implementation="reference"
             )
             x = _straight_through(x, dequantize_activations(levels, scales, w.activation))
         w = dequantize(w)

@@ -74,7 +74,7 @@ def _quantized(x, w, max_over_shards):
             return _by_chunks(x, w)
         x = x.astype(jnp.float32)
         return _by_digits(x, jnp.max(jnp.abs(x), -1, keepdims=True) / 127, w)
-    levels, scales = quantize_activations(x, w.activation, max_over_shards)
+    levels, scales = quantize_activations(x, w.activation, max_over_shards, static=w.input_scale)
     if per_channel and scales.shape[-1] == 1:
         return _dot(levels, w.values).astype(jnp.float32) * scales * w.scales[:, 0].astype(jnp.float32)
     x = dequantize_activations(levels, scales, w.activation)

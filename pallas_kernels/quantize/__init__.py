@@ -21,23 +21,30 @@ def quantize_activations(
     quant: ActivationQuant,
     max_over_shards: Callable[[jax.Array], jax.Array] | None = None,
     *,
+    static=None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Dynamic symmetric INT8 or FP8 levels of the inputs of a matmul.
+    """Symmetric INT8 or FP8 levels of the inputs of a matmul.
 
         scale = max|x_group| / top        level = round(x / scale), halves to even        x ~ level * scale
 
-    top is 127 for int8, 448 for fp8 (e4m3, whose levels are rounded to its grid).
+    top is 127 for int8, 448 for fp8 (e4m3, whose levels are rounded to its grid). Where quant is static the scale is given, and what lies
+    beyond top * scale is cut off.
 
     x: float [..., I]. quant: inputs that share a scale, or one scale a token; the last group is shorter where the group does
     not divide I. max_over_shards: takes the largest |x| of this shard's inputs, float32 [..., 1, 1], to that of all shards
-    (a pmax); only called for one scale a token, since groups lie within a shard.
+    (a pmax); only called for one scale a token, since groups lie within a shard. static: float32 [1, 1], or [rows, 1] of an
+    x of two axes, the scales of a static quant.
     Returns levels int8 or float8_e4m3fn [..., I] and scales float32 [..., groups], or [..., 1]. A group of zeros has scale 0.
     Raises ShapeError.
     Source: dynamic quantisation as in ZeroQuant, Yao et al. 2022, arXiv:2206.01861.
     """
+    if quant.static != (static is not None):
+        raise ShapeError("quantize_activations: the scale `static` comes with a static quant, and with no other")
     if x.ndim < 1 or x.shape[-1] < 1 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ShapeError(f"quantize_activations: x must be a float array [..., I] with I >= 1, got {x.dtype}{list(x.shape)}")
+    if static is not None:
+        return reference.with_scale(x, quant, static)
     run = choose(
         "quantize_activations",
         implementation,

@@ -18,7 +18,7 @@ import llama_cpp as llama
 import numpy as np
 import worker
 
-PRECISIONS = ("Q4_1", "Q4_0", "Q8_0", "BF16", "F16", "F32")
+PRECISIONS = ("Q4_1", "Q4_0", "Q4_K_M", "Q8_0", "BF16", "F16", "F32")
 BF16 = 30  # ggml_type; the bindings have no name for it
 CACHES = {"f16": llama.GGML_TYPE_F16, "bf16": BF16, "q8_0": llama.GGML_TYPE_Q8_0, "f32": llama.GGML_TYPE_F32}
 
@@ -97,9 +97,10 @@ def _fill(batch, entries: list[tuple[int, int, int, bool]]) -> None:
 
 
 def quantize(source: Path, target: Path, precision: str, threads: int) -> None:
-    """Round a float GGUF; `target` appears under its name only when it is complete."""
+    """Round a GGUF file, a packed one from what it stands for; `target` appears under its name only when it is complete."""
     params = llama.llama_model_quantize_default_params()
-    params.nthread, params.ftype = threads, getattr(llama, f"LLAMA_FTYPE_MOSTLY_{precision}")
+    kind = "ALL_F32" if precision == "F32" else f"MOSTLY_{precision}"
+    params.nthread, params.ftype, params.allow_requantize = threads, getattr(llama, f"LLAMA_FTYPE_{kind}"), True
     unfinished = target.with_name(f"{target.name}.part{os.getpid()}")
     if status := llama.llama_model_quantize(str(source).encode(), str(unfinished).encode(), ctypes.byref(params)):
         raise worker.WorkerError(f"llama_model_quantize gave {status} for {source} to {precision}")

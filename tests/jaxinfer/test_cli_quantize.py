@@ -16,8 +16,9 @@ from tokenizers import decoders, models, pre_tokenizers
 import jaxinfer
 from convert.load import materialize
 from jaxinfer import cli
+from jaxinfer.cli.info import source_facts
 from jaxinfer.loading import open_source
-from pallas_kernels.qtensor import QTensor, dequantize
+from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize
 
 TEXT = "".join(chr(33 + (7 * i * i + i) % 90) for i in range(2000))
 
@@ -81,6 +82,34 @@ def test_exports_hold_the_same_numbers(run, tmp_path: Path) -> None:
             np.testing.assert_array_equal(dequantize(found[path]), dequantize(expected[path]))
     status, _, err = run(tmp_path / "asym", "--method", "rtn", "--asymmetric", "--format", "gptq")
     assert status == 1 and "gptq has no minimum per group" in err
+
+
+def test_static_inputs_are_written_split_and_exported(run, tmp_path: Path) -> None:
+    """Scales of inputs that the text fixes: in the native form, on a mesh, in compressed-tensors and back, and what `info` says of them."""
+    options = ("--bits", "8", "--method", "smoothquant", "--static-inputs", "--group-size", "0")
+    assert run(tmp_path / "native", *options)[0] == 0
+    tensors = open_source(tmp_path / "native").tensors
+    values = materialize(tensors)
+    q, k, down = (values[f"blocks.0.{name}"] for name in ("attention.q", "attention.k", "mlp.down"))
+    assert isinstance(q, QTensor) and isinstance(k, QTensor) and isinstance(down, QTensor)
+    assert q.activation == ActivationQuant(group=None, static=True) and q.input_scale.shape == (1, 1)
+    assert q.input_scale == k.input_scale != down.input_scale  # inputs that are shared have one scale
+    prompts, params = [[5, 9, 2], [40, 41]], jaxinfer.SamplingParams(max_tokens=6)
+    answers = []
+    for devices in ({}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}):
+        engine = jaxinfer.init_inference(tmp_path / "native", {"inference_max_tokens": 64, "engine": devices})
+        answers.append([r.token_ids for r in engine.generate(prompts, params)])
+    assert answers[0] == answers[1] == answers[2]
+    assert run(tmp_path / "exported", *options, "--format", "compressed-tensors")[0] == 0
+    exported = materialize(open_source(tmp_path / "exported").tensors)["blocks.0.mlp.down"]
+    assert isinstance(exported, QTensor) and exported.activation == down.activation
+    np.testing.assert_array_equal(exported.input_scale, down.input_scale)
+    np.testing.assert_array_equal(exported.values, down.values)
+    facts = source_facts(str(tmp_path / "native"))
+    reasons = [why for form, why in facts["not_native"].items() if "int8 inputs at a static scale" in form]
+    assert len(reasons) == 1 and "not a static one" in reasons[0]
+    status, _, err = run(tmp_path / "floats", "--bits", "8", "--static-inputs", "--activation-bits", "16", "--method", "rtn")
+    assert status == 1 and "static scales are for inputs that are rounded" in err
 
 
 def test_auto_bits_fit_the_budget(run, tmp_path: Path) -> None:

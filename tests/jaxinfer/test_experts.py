@@ -12,10 +12,7 @@ import pytest
 from flax import nnx
 
 import jaxinfer
-from convert.export import export_checkpoint
-from convert.load import QuantSpec
 from convert.native import save_native
-from convert.readers import open_checkpoint
 from convert.readers.base import LazyTensor
 from convert.rules import bind
 from jaxinfer import EngineConfig, QuantizationConfig, SamplingParams, errors
@@ -25,6 +22,7 @@ from jaxinfer.memory import weight_bytes
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.models.families import mixtral
 from jaxinfer.placement import InMemory, make_plan, module_tensors, placed_shapes
+from jaxinfer.quantization.methods import Method
 from jaxinfer.quantizing import quantize_checkpoint
 from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize, round_to_nearest
 from sharding.mesh import make_mesh
@@ -127,10 +125,11 @@ def test_a_checkpoint_with_quantised_experts(tmp_path, spec: str) -> None:
 
 def test_what_cannot_be_done_with_experts_is_said(tmp_path) -> None:
     folder = golden_weights.write_case_folder(golden_weights.load_case("mixtral"), tmp_path / "mixtral")
-    with pytest.raises(errors.QuantizationError, match="jaxinfer convert --quantize"):
-        quantize_checkpoint(folder, tmp_path / "out", quantization=QuantizationConfig.parse("int8"))
-    with pytest.raises(errors.UnsupportedFormatError, match="experts, which are not exported to gptq"):
-        export_checkpoint(tmp_path / "out", "gptq", open_checkpoint(folder), spec=QuantSpec(format="int4", group=32))
+    int8 = QuantizationConfig.parse("int8")
+    with pytest.raises(errors.QuantizationError, match="has experts, whose bits are not chosen"):
+        quantize_checkpoint(folder, tmp_path / "out", quantization=int8, budget=10**6)
+    with pytest.raises(errors.QuantizationError, match="whose inputs get no static scale"):
+        quantize_checkpoint(folder, tmp_path / "out", quantization=int8, method=Method(static_inputs=True))
     assert not (tmp_path / "out").exists()
 
 

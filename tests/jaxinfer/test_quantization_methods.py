@@ -18,11 +18,12 @@ from jaxinfer.loading import module_of, open_source
 from jaxinfer.models.decoder import parameters
 from jaxinfer.placement import module_tensors
 from jaxinfer.quantization import gptq as gptq_module
-from jaxinfer.quantization.calibration import HALVES, Layers, calibration_tokens
+from jaxinfer.quantization.calibration import HALVES, INPUT_CLIPS, Layers, calibration_tokens
 from jaxinfer.quantization.gptq import gptq
 from jaxinfer.quantization.grids import decoded, nearest, packed, rounded_to_range, search_grid
-from jaxinfer.quantization.methods import METHODS, Method, Quantizer, key, layer_weights, quantize_half, read_layer
+from jaxinfer.quantization.methods import METHODS, Method, quantize_half
 from jaxinfer.quantization.policy import kept
+from jaxinfer.quantization.quantizer import Quantizer, key, layer_weights, read_layer
 from jaxinfer.quantization.scaling import LARGEST, awq_factors, output_error, scaled, sites, smoothing_factors
 from pallas_kernels import qtensor
 from pallas_kernels.value_formats import FP8
@@ -157,6 +158,31 @@ def test_statistics(layer: tuple) -> None:
     np.testing.assert_allclose(seen["q"].hessian, rows.T @ rows / len(rows), rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(seen["q"].mean, np.abs(rows).mean(0), rtol=1e-4)
     np.testing.assert_allclose(seen["q"].largest, np.abs(rows).max(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["int8", "fp8"])
+def test_static_scales_have_the_least_error(layer: tuple, form: str) -> None:
+    """Of all scales that are tried the one is taken whose rounding changes the inputs least, as numpy counts it."""
+    opened, values, x, layers = layer
+    quant = qtensor.ActivationQuant(group=None, format=form)
+    part = {
+        name: qtensor.round_to_nearest(v, format=form, activation=quant)
+        for name, v in part_of(values, "mlp").items()
+        if v.ndim == 2
+    }
+    changed = values | {f"mlp.{name}": q for name, q in part.items()}
+    found = layers.scales("mlp", layer_weights(changed), x, 0)
+    assert set(found) == {"gate", "up", "down"} and found["gate"] is found["up"]
+    n = x / np.sqrt((x**2).mean(-1, keepdims=True) + opened.config.norm_eps) * values["mlp.norm"]
+    top, clips = (448.0, INPUT_CLIPS["fp8"]) if form == "fp8" else (127.0, INPUT_CLIPS["int8"])
+
+    def error(scale: float) -> float:
+        levels = np.clip(n / scale, -top, top)
+        levels = levels.astype(FP8).astype(np.float32) if form == "fp8" else np.rint(levels)
+        return float(((n - levels * scale) ** 2).sum(dtype=np.float64))
+
+    scales = [np.abs(n).max() / top * c for c in clips]
+    assert error(found["gate"].item()) <= 1.0001 * min(map(error, scales))
 
 
 UNGATED = {"attention": {"bias": True, "output_bias": True}, "mlp": {"gated": False, "bias": True}}

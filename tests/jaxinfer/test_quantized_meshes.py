@@ -16,8 +16,9 @@ from jaxinfer.engine import Engine
 from jaxinfer.loading import module_of, open_source
 from jaxinfer.models.decoder import parameters
 from jaxinfer.placement import Placed
-from jaxinfer.quantization.methods import Method, Quantizer
+from jaxinfer.quantization.methods import Method
 from jaxinfer.quantization.policy import kept
+from jaxinfer.quantization.quantizer import Quantizer
 from sharding.mesh import make_mesh
 
 LAYERS, HEAD_DIM = 2, 64  # groups of 64 hold whole heads, so that no mesh cuts one

@@ -36,6 +36,20 @@ def test_stage_report(make_engine):
         engine.stage_report(layer_seconds=[1.0, 2.0])
 
 
+def test_packed_weights_are_counted_as_they_lie_there(make_engine, tiny_model):
+    """Two INT4 weights take a byte; scales count too."""
+    model = tiny_model(hidden_size=64, num_attention_heads=8, num_key_value_heads=4)
+    engine = make_engine(pp=2, model=model, quantization="w4a16-g32")
+    report = engine.stage_report(context=10, batch=1)
+    weights = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 96  # of a layer
+    per_layer = weights // 2 + 2 * weights // 32 + 2 * 4 * 64
+    assert [stage.nbytes for stage in report.stages] == [2 * per_layer, per_layer]
+    assert (
+        2 * report.held
+        == sum(row.nbytes for row in engine.memory_report().rows if row.kind not in ("embedding", "head")) - 4 * 64 * 2
+    )
+
+
 def test_windows_decide_where_layers_go(tiny):
     """Equal layers: the earlier stages have more. Where long attention costs more, those layers have fewer neighbours."""
     config = dataclasses.replace(open_source(tiny.folder).config, layers=5, max_positions=8192)

@@ -8,7 +8,7 @@ import numpy as np
 
 from convert.load import as_float
 from convert.readers.base import LazyTensor
-from convert.rules import Rule
+from convert.rules import Rows, Rule
 from jaxinfer.errors import UnknownConfigKeyError
 from jaxinfer.models.positions import KINDS, RopeConfig
 from sharding.partition import Units
@@ -179,15 +179,19 @@ def layer_windows(
     return tuple(window if s else None for s in sliding) if window is not None and any(sliding) else ()
 
 
-def expert_rules(block: str, names: Mapping[str, str]) -> list[Rule]:
+def expert_rules(block: str, names: Mapping[str, str], width: int) -> list[Rule]:
     """Of the router and the experts of layers whose tensors are named block + "gate" and block + "experts.": names[part] of each expert,
-    or of all in one tensor. part: gate, up or down."""
+    or of all in one tensor. part: gate, up or down. width: of an expert. Files that newer transformers save as their modules hold
+    gate and up of all experts in one tensor too."""
     rules = [Rule(f"{block}gate.weight", "blocks.{i}.mlp.router")]
     for part, name in names.items():
         target = f"blocks.{{i}}.mlp.{part}"
         rules.append(Rule(f"{block}experts.{{e}}.{name}.weight", target, stack="e"))
         rules.append(Rule(f"{block}experts.{name}.weight", target))
-    return rules
+    for part, start in (("gate", 0), ("up", width)):
+        rows = (Rows(start, width, axis=1),)
+        rules.append(Rule(f"{block}experts.gate_up_proj", f"blocks.{{i}}.mlp.{part}", rows))
+    return [*rules, Rule(f"{block}experts.down_proj", "blocks.{i}.mlp.down")]
 
 
 def is_tied(

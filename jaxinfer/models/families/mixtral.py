@@ -42,6 +42,10 @@ def config(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> ModelCon
 
 
 def rules(config: ModelConfig) -> list[Rule]:
-    """Hugging Face's tensor names -> module paths: w1, w2 and w3 of each expert are its gate, down and up."""
+    """Hugging Face's tensor names -> module paths: w1, w2 and w3 of each expert are its gate, down and up. transformers 5 calls the block
+    mlp where it saves its modules as they are."""
     dense = [rule for rule in llama.rules(config) if ".mlp." not in rule.source]
-    return dense + expert_rules("model.layers.{i}.block_sparse_moe.", {"gate": "w1", "down": "w2", "up": "w3"})
+    assert config.moe is not None
+    names, width = {"gate": "w1", "down": "w2", "up": "w3"}, config.moe.width
+    blocks = ("model.layers.{i}.block_sparse_moe.", "model.layers.{i}.mlp.")
+    return dense + [rule for block in blocks for rule in expert_rules(block, names, width)]

@@ -55,4 +55,5 @@ def config(hf: Mapping[str, Any], tensors: Mapping[str, LazyTensor]) -> ModelCon
 def rules(config: ModelConfig) -> list[Rule]:
     """Hugging Face's tensor names -> module paths."""
     names = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
-    return qwen3.rules(config) + expert_rules("model.layers.{i}.mlp.", names)
+    width = config.moe.width if config.moe else 0
+    return qwen3.rules(config) + expert_rules("model.layers.{i}.mlp.", names, width)
