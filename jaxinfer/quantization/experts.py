@@ -52,7 +52,8 @@ def quantize_experts(
         parts: list[QTensor] = []
         lost, size = 0.0, 0.0
         for e, w in enumerate(values[name]):
-            path, seen, how = f"{where}{name}[{e}]", statistics and statistics[name].experts[e], method
+            path, how = f"{where}{name}[{e}]", method
+            seen = None if statistics is None else statistics[name].experts[e]
             if statistics is not None and not _enough(statistics[name], e):
                 seen, how = None, Method(clip=method.clip)
                 plainly.append(path)

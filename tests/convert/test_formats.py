@@ -52,7 +52,9 @@ def test_a_matrix_is_what_was_written(opened, name):
     q = tensor.read()
     assert tensor.shape == q.shape == truth.shape and PackedFormat.of(q) == tensor.packed
     assert {
-        part: (a.shape, a.dtype) for part in ("values", "scales", "zeros", "order") if (a := getattr(q, part)) is not None
+        part: (a.shape, a.dtype)
+        for part in ("values", "scales", "zeros", "order", "input_scale")
+        if (a := getattr(q, part)) is not None
     } == (tensor.packed.parts(tensor.shape))
     assert q.nbytes == tensor.nbytes < truth.nbytes / 2
     np.testing.assert_array_equal(dequantize(q), truth)
@@ -166,7 +168,11 @@ def group_of(**changes):
         ("int8", {"format": "marlin-24"}, ("'marlin-24'", "pack-quantized")),
         ("int8", {"sparsity_config": {"format": "sparse-24-bitmask"}}, ("sparsity_config", "sparse-24")),
         ("int8", {"kv_cache_scheme": {"num_bits": 8}}, ("kv_cache_scheme",)),
-        ("int8", group_of(input_activations={"num_bits": 8, "dynamic": False}), ("input_activations", "dynamic is False")),
+        (
+            "int8",
+            group_of(input_activations={"num_bits": 8, "dynamic": False, "strategy": "channel"}),
+            ("input_activations", "strategy is 'channel'"),
+        ),
         ("int8", group_of(input_activations={"num_bits": 4, "dynamic": True}), ("num_bits is 4",)),
         ("int8", group_of(targets=["re:.*mlp.*"]), (MODULE, "none of config_groups")),
         ("int8", group_of(weights={"num_bits": 6}), ("num_bits is 6",)),

@@ -27,7 +27,10 @@ CLOSE = 1e-3  # of the largest logit
 MADE = (
     *("w4a16", "w4a16-asym", "w8a16", "w8a8", "w8a8-static", "fp8-dynamic", "fp8-static", "fp8-block", "gptq-act-order", "awq"),
 )
-NAMES = (*(f"llmcompressor-{name}" for name in MADE), "bitsandbytes-nf4", "bitsandbytes-int8", "transformers-mixtral")
+NAMES = (
+    *(f"llmcompressor-{name}" for name in MADE),
+    *("bitsandbytes-nf4", "bitsandbytes-int8", "gptqmodel", "gptqmodel-act-order", "gptqmodel-awq", "transformers-mixtral"),
+)
 
 
 def python_of(variable: str, what: str) -> str:
@@ -94,7 +97,7 @@ def test_transformers_reads_compressed_tensors(grouped: TinyModel, tmp_path: Pat
         pytest.skip(done.stdout.strip())
     assert done.returncode == 0, done.stderr[-2000:]
     check(
-        logits(jaxinfer.load_model(tmp_path / "out"), np.load(tmp_path / "out" / "prompt.npy")),
+        logits(jaxinfer.load_model(tmp_path / "out", dtype="float32"), np.load(tmp_path / "out" / "prompt.npy")),
         np.load(tmp_path / "out" / "logits.npy"),
     )
 
@@ -119,7 +122,7 @@ def test_files_of_llama_cpp(llama_cpp: Callable[..., None], smollm2_gguf: Path, 
     llama_cpp(smollm2_gguf, tmp_path / "packed.gguf", precision)
     llama_cpp(tmp_path / "packed.gguf", tmp_path / "floats.gguf", "F32")
     prompt = np.arange(100, 140)[None]
-    packed = logits(jaxinfer.load_model(tmp_path / "packed.gguf"), prompt)
+    packed = logits(jaxinfer.load_model(tmp_path / "packed.gguf", dtype="float32"), prompt)
     check(packed, logits(jaxinfer.load_model(tmp_path / "floats.gguf"), prompt))
 
 
