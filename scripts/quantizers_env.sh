@@ -26,6 +26,7 @@ folder=$JAXINFER_CACHE/quantizers
 BASE=(torch==2.13.0 numpy gguf==0.19.0)
 QUANTIZERS=(
   "llm-compressor|llmcompressor, compressed_tensors|llmcompressor==0.14.0.1"
+  "gptqmodel|gptqmodel|gptqmodel==7.6.0"
   "bitsandbytes|bitsandbytes|bitsandbytes==0.50.2"
   "torchao|torchao|torchao==0.18.0"
   "optimum-quanto|optimum.quanto|optimum-quanto==0.2.7"

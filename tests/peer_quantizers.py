@@ -62,8 +62,9 @@ def plain_folder(folder: Path) -> Path:
 
 def save_logits(folder: Path, model: Any) -> None:
     with torch.no_grad():
-        logits = model.float()(torch.tensor(PROMPT)).logits
-    np.save(folder / "prompt.npy", PROMPT)
+        prompt = PROMPT % model.config.vocab_size
+        logits = model.float()(torch.tensor(prompt)).logits
+    np.save(folder / "prompt.npy", prompt)
     np.save(folder / "logits.npy", logits.float().numpy())
 
 
@@ -144,20 +145,40 @@ def bitsandbytes(bits: int) -> Callable[[Path], None]:
     return make
 
 
-def gptqmodel(**settings: Any) -> Callable[[Path], None]:
-    def make(folder: Path) -> None:
-        # its pools want two workers of the CPU, and it gives itself half as many as there are cores
-        os.cpu_count = lambda: 4  # type: ignore[assignment]
-        from gptqmodel import BACKEND, GPTQModel, QuantizeConfig
+def import_gptqmodel() -> Any:
+    # its pools want two workers of the CPU, and it gives itself half as many as there are cores
+    os.cpu_count = lambda: 4  # type: ignore[assignment]
+    import gptqmodel
 
-        plain = plain_folder(folder)
-        config = QuantizeConfig(bits=4, group_size=32, **settings)
-        model = GPTQModel.load(str(plain), config, device="cpu", backend=BACKEND.TORCH)
+    return gptqmodel
+
+
+def gptq_logits(folder: Path) -> None:
+    """Of weights that GPTQModel itself dequantises; its own matmuls are in float16."""
+    gptqmodel = import_gptqmodel()
+    loaded = gptqmodel.GPTQModel.load(str(folder), device="cpu", backend=gptqmodel.BACKEND.TORCH, dtype=torch.float16).model
+    settings = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "quantization_config"}
+    target = LlamaForCausalLM(LlamaConfig(**settings)).float().eval()
+    with torch.no_grad():
+        for name, module in target.named_modules():
+            packed = loaded.get_submodule(name)
+            if hasattr(packed, "dequantize_weight"):  # in the dtype of its scales, [inputs, outputs]
+                packed.scales = packed.scales.float()
+                module.weight.copy_(packed.dequantize_weight().T)
+            elif isinstance(getattr(module, "weight", None), torch.nn.Parameter):
+                module.weight.copy_(packed.weight)
+    save_logits(folder, target)
+
+
+def gptq_model(**settings: Any) -> Callable[[Path], None]:
+    def make(folder: Path) -> None:
+        gptqmodel = import_gptqmodel()
+        config = gptqmodel.QuantizeConfig(bits=4, group_size=32, **settings)
+        model = gptqmodel.GPTQModel.load(str(plain_folder(folder)), config, device="cpu", backend=gptqmodel.BACKEND.TORCH)
         rows = [{"input_ids": row.tolist(), "attention_mask": [1] * len(row)} for row in CALIBRATION]
         model.quantize(rows, batch_size=1)
         model.save(str(folder))
-        again = GPTQModel.load(str(folder), device="cpu", backend=BACKEND.TORCH, dtype=torch.float32)
-        save_logits(folder, again.model)
+        gptq_logits(folder)
 
     return make
 
@@ -183,9 +204,8 @@ RECIPES: dict[str, Callable[[Path], None]] = {
     "llmcompressor-awq": llm_compressor(awq, calibrated=True),
     "bitsandbytes-nf4": bitsandbytes(4),
     "bitsandbytes-int8": bitsandbytes(8),
-    "gptqmodel": gptqmodel(sym=True),
-    "gptqmodel-act-order": gptqmodel(desc_act=True, sym=False),
-    "gptqmodel-awq": gptqmodel(method="awq", format="gemm", sym=False),
+    "gptqmodel": gptq_model(sym=True),
+    "gptqmodel-act-order": gptq_model(desc_act=True, sym=False),
     "transformers-mixtral": mixtral,
 }
 

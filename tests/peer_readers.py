@@ -1,33 +1,32 @@
-"""The logits that transformers gives of a folder in compressed-tensors: runs with the Python of scripts/quantizers_env.sh.
+"""The logits that other systems give of a folder that was exported: runs with the Python of scripts/quantizers_env.sh.
 
     python tests/peer_readers.py FOLDER
 
-Writes prompt.npy and logits.npy into it; ends with status 3 and the reason where the package is not there.
+Writes prompt.npy and logits.npy into it, through transformers for compressed-tensors and GPTQModel for GPTQ; ends with status 3 and the
+reason where these are not there.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
-
-import numpy as np
 
 
 def main() -> int:
     folder = Path(sys.argv[1])
     try:
-        import compressed_tensors  # noqa: F401
-        import torch
-        from transformers import AutoModelForCausalLM
+        from peer_quantizers import compressed_logits, gptq_logits, import_gptqmodel
+
+        method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+        if method == "gptq":
+            import_gptqmodel()
+        else:
+            import compressed_tensors  # noqa: F401
     except ImportError as error:
-        print(f"compressed-tensors cannot be had here: {error}")
+        print(f"what reads {folder.name} cannot be had here: {error}")
         return 3
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    prompt = np.random.default_rng(0).integers(0, model.config.vocab_size, (1, 24))
-    with torch.no_grad():
-        found = model(torch.tensor(prompt)).logits
-    np.save(folder / "prompt.npy", prompt)
-    np.save(folder / "logits.npy", found.float().numpy())
+    (gptq_logits if method == "gptq" else compressed_logits)(folder)
     return 0
 
 

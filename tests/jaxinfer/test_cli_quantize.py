@@ -103,8 +103,9 @@ def test_static_inputs_are_written_split_and_exported(run, tmp_path: Path) -> No
     assert run(tmp_path / "exported", *options, "--format", "compressed-tensors")[0] == 0
     exported = materialize(open_source(tmp_path / "exported").tensors)["blocks.0.mlp.down"]
     assert isinstance(exported, QTensor) and exported.activation == down.activation
-    np.testing.assert_array_equal(exported.input_scale, down.input_scale)
-    np.testing.assert_array_equal(exported.values, down.values)
+    # its weights have float16 scales, so that inputs of later matrices differ a little
+    np.testing.assert_allclose(exported.input_scale, down.input_scale, rtol=0.02)
+    np.testing.assert_allclose(dequantize(exported), dequantize(down), atol=1.1 * float(down.scales.max()))
     facts = source_facts(str(tmp_path / "native"))
     reasons = [why for form, why in facts["not_native"].items() if "int8 inputs at a static scale" in form]
     assert len(reasons) == 1 and "not a static one" in reasons[0]

@@ -29,7 +29,7 @@ MADE = (
 )
 NAMES = (
     *(f"llmcompressor-{name}" for name in MADE),
-    *("bitsandbytes-nf4", "bitsandbytes-int8", "gptqmodel", "gptqmodel-act-order", "gptqmodel-awq", "transformers-mixtral"),
+    *("bitsandbytes-nf4", "bitsandbytes-int8", "gptqmodel", "gptqmodel-act-order", "transformers-mixtral"),
 )
 
 
@@ -88,10 +88,13 @@ SPECS = {
 }
 
 
-@pytest.mark.parametrize("name", SPECS)
-def test_transformers_reads_compressed_tensors(grouped: TinyModel, tmp_path: Path, name: str) -> None:
-    python = python_of("JAXINFER_QUANTIZERS_PYTHON", "compressed-tensors")
-    export_checkpoint(tmp_path / "out", "compressed-tensors", open_checkpoint(grouped.folder), spec=SPECS[name])
+@pytest.mark.parametrize(
+    ("form", "name"), [*(("compressed-tensors", name) for name in SPECS), ("gptq", "int4"), ("gptq", "int8")]
+)
+def test_exported_folders_are_read(grouped: TinyModel, tmp_path: Path, form: str, name: str) -> None:
+    """By transformers with compressed-tensors, and by GPTQModel."""
+    python = python_of("JAXINFER_QUANTIZERS_PYTHON", "quantisers")
+    export_checkpoint(tmp_path / "out", form, open_checkpoint(grouped.folder), spec=SPECS[name])
     done = subprocess.run([python, TESTS / "peer_readers.py", tmp_path / "out"], capture_output=True, text=True, check=False)
     if done.returncode == 3:
         pytest.skip(done.stdout.strip())
