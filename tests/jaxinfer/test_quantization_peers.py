@@ -18,7 +18,7 @@ from tiny_llama import TinyModel
 
 import jaxinfer
 from convert.export import export_checkpoint
-from convert.load import QuantSpec
+from convert.load import QuantSpec, as_float
 from convert.readers import open_checkpoint
 
 pytestmark = pytest.mark.oracle
@@ -119,23 +119,30 @@ def llama_cpp() -> Iterator[Callable[..., None]]:
     yield call
 
 
+def check_numbers(packed: Path, floats: Path) -> set[str]:
+    """Every tensor stands for the numbers of the float file; the forms that there are."""
+    a, b = open_checkpoint(packed).tensors, open_checkpoint(floats).tensors
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        found, expected = (np.asarray(as_float(t).read(), np.float32) for t in (tensor, b[name]))
+        assert np.abs(found - expected).max() <= 1e-6 * np.abs(expected).max(), name
+    return {str(t.packed.format if t.packed else t.dtype) for t in a.values()}
+
+
 @pytest.mark.parametrize("precision", ["Q8_0", "Q4_0", "Q4_1", "Q4_K_M"])
 def test_files_of_llama_cpp(llama_cpp: Callable[..., None], smollm2_gguf: Path, tmp_path: Path, precision: str) -> None:
-    """The same logits as of what llama.cpp itself dequantises the file to."""
+    """Each weight is the number that llama.cpp itself dequantises it to, so that logits are the same too."""
     llama_cpp(smollm2_gguf, tmp_path / "packed.gguf", precision)
     llama_cpp(tmp_path / "packed.gguf", tmp_path / "floats.gguf", "F32")
-    prompt = np.arange(100, 140)[None]
-    packed = logits(jaxinfer.load_model(tmp_path / "packed.gguf", dtype="float32"), prompt)
-    check(packed, logits(jaxinfer.load_model(tmp_path / "floats.gguf"), prompt))
+    forms = check_numbers(tmp_path / "packed.gguf", tmp_path / "floats.gguf")
+    assert {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4", "Q4_K_M": "float32"}[precision] in forms
 
 
-@pytest.mark.parametrize(("spec", "inputs"), [("Q8_0", "int8"), ("Q4_0", "int4")])
+@pytest.mark.parametrize("form", ["int8", "int4"])
 def test_llama_cpp_reads_what_is_exported(
-    llama_cpp: Callable[..., None], smollm2_gguf: Path, tmp_path: Path, spec: str, inputs: str
+    llama_cpp: Callable[..., None], smollm2_gguf: Path, tmp_path: Path, form: str
 ) -> None:
     """llama.cpp dequantises the exported file to the numbers that it means here."""
-    export_checkpoint(tmp_path / "out.gguf", "gguf", open_checkpoint(smollm2_gguf), spec=QuantSpec(format=inputs, group=32))
+    export_checkpoint(tmp_path / "out.gguf", "gguf", open_checkpoint(smollm2_gguf), spec=QuantSpec(format=form, group=32))
     llama_cpp(tmp_path / "out.gguf", tmp_path / "floats.gguf", "F32")
-    prompt = np.arange(100, 140)[None]
-    found = logits(jaxinfer.load_model(tmp_path / "floats.gguf"), prompt)
-    check(found, logits(jaxinfer.load_model(tmp_path / "out.gguf", dtype="float32"), prompt))
+    assert form in check_numbers(tmp_path / "out.gguf", tmp_path / "floats.gguf")
