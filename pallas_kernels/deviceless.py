@@ -36,7 +36,7 @@ _DESCRIPTION = """gpu_device_info {{
 }}
 platform_name: "CUDA"
 dnn_version_info {{ major: 9 minor: 10 patch: 0 }}
-device_description_str: "{gpu.device_kind}"
+device_description_str: "{kind}"
 """
 
 
@@ -80,6 +80,7 @@ def topology_mesh(name: str, shape: tuple[int, ...], names: tuple[str, ...], *, 
     major, minor = gpu.capability
     description = _DESCRIPTION.format(
         gpu=gpu,
+        kind=gpu.lowered_as or gpu.device_kind,
         bandwidth=int(gpu.bandwidth),
         shared_per_core=gpu.shared + 1024,
         fpus=128 if major >= 9 else 64,
@@ -98,7 +99,7 @@ def lower_for(name: str, function: Callable[..., Any], *args: Any) -> Any:
     gpu = _gpu(name)
     (device,) = topology_mesh(name, (1,), ("x",)).devices
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device))
-    abstract = AbstractDevice(device_kind=gpu.device_kind, num_cores=gpu.processors, platform="gpu")
+    abstract = AbstractDevice(device_kind=gpu.lowered_as or gpu.device_kind, num_cores=gpu.processors, platform="gpu")
     # a function of its own, since jax's cache of traces does not know the abstract device
     fresh = jax.jit(lambda *a: function(*a))
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):

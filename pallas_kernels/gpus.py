@@ -9,7 +9,8 @@ class Gpu:
 
     device_kind: the driver's name. capability: compute capability. bandwidth: of its memory, bytes/s. matrix: dense bfloat16 FLOP/s of
     the tensor cores. float32: FLOP/s without them. processors: streaming multiprocessors. shared: bytes of shared memory that a block
-    may ask for. memory: bytes. l2: bytes.
+    may ask for. memory: bytes. l2: bytes. lowered_as: the driver's name of a card of its generation by which jax lowers for it where it is
+    not here, if jax does not know its own.
     """
 
     device_kind: str
@@ -21,6 +22,7 @@ class Gpu:
     shared: int
     memory: int
     l2: int
+    lowered_as: str | None = None
 
 
 GPUS = {
@@ -82,6 +84,7 @@ OTHERS = {
         shared=101376,
         memory=47810936832,
         l2=100663296,
+        lowered_as="NVIDIA L40",
     ),
     "h200": Gpu(
         device_kind="NVIDIA H200",

@@ -18,13 +18,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.attention import pallas as through_triton
 from pallas_kernels.attention.terms import last_keys, positions_of
 from pallas_kernels.errors import BackendError
+from pallas_kernels.hopper import PRODUCER_REGISTERS, ROWS, SHARED, STORED, WARPGROUPS, hopper_refusal, transforms
 from pallas_kernels.kernel_math import LOG2_E
-from pallas_kernels.launch import gpu_refusal
-from pallas_kernels.quant_matmul.mosaic import HOPPER, PRODUCER_REGISTERS, SHARED, STORED, WARPGROUPS, transforms
 from pallas_kernels.target import interpreted
 from pallas_kernels.tuning import tile_for
 
-ROWS = 64  # queries of a warpgroup: of one instruction
 UNIT = 64  # what head_dim and the keys of a step are multiples of
 WIDEST = 256  # head_dim
 NOTHING = -1e30  # the largest score before there was one; finite, so that it can be subtracted
@@ -51,10 +49,8 @@ def _shared(tile: Tile, size: int) -> int:
 
 
 def supports_attention(target, facts) -> bool | str:
-    if reason := gpu_refusal(target):
+    if reason := hopper_refusal(target):
         return reason
-    if target.capability is None or target.capability[0] != HOPPER:
-        return f"its instructions are those of Hopper, compute capability 9.0, not of {target.device_kind}"
     size, dtype, queries = facts["shape"][-1], facts["cache_dtype"], facts["shape"][1]
     if 0 in facts["shape"] or not facts["tokens"]:
         return "there is nothing to attend"

@@ -15,19 +15,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.errors import BackendError
-from pallas_kernels.launch import gpu_refusal
+from pallas_kernels.hopper import PRODUCER_REGISTERS, ROWS, SHARED, STORED, WARPGROUPS, hopper_refusal, transforms
 from pallas_kernels.qtensor import QTensor, packing_block
 from pallas_kernels.quant_matmul import reference
 from pallas_kernels.target import interpreted
 from pallas_kernels.tuning import tile_for
 from pallas_kernels.value_formats import INT4_OFFSET
 
-HOPPER = 9
-WARPGROUPS = 2  # that multiply
-SHARED = 227 * 1024 - 1024  # bytes that a block may have, less those of barriers
-ROWS, OUTPUTS, INPUTS = 64, 128, 64  # what sizes must be multiples of
-STORED = 64  # columns that a warpgroup writes at a time
-PRODUCER_REGISTERS = 40
+OUTPUTS, INPUTS = 128, 64  # what sizes must be multiples of, as rows of ROWS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,10 +55,8 @@ def _shared(tile: Tile, bits: int) -> int:
 
 
 def supports_quant_matmul(target, facts) -> bool | str:
-    if reason := gpu_refusal(target):
+    if reason := hopper_refusal(target):
         return reason
-    if target.capability is None or target.capability[0] != HOPPER:
-        return f"its instructions are those of Hopper, compute capability 9.0, not of {target.device_kind}"
     format, group = facts["format"], facts["group"]
     if format not in ("bfloat16", "int8", "int4") or facts["layout"] != "canonical":
         return f"it multiplies bfloat16 and canonical int8 and int4 weights, not {format} in {facts['layout']!r}"
@@ -130,16 +123,6 @@ def _check(tile: Tile, rows: int, outputs: int, inputs: int, group: int | None) 
 
 
 quant_matmul = reference.from_product(_product)
-
-
-def transforms(columns: int, dtype) -> tuple:
-    """How a tile lies in shared memory: as the tensor cores read it, without bank conflicts."""
-    bits = 8 * jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(columns * bits)
-    return (
-        plgpu.TilingTransform((8, swizzle * 8 // bits)),  # type: ignore[abstract]
-        plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]
-    )
 
 
 def _buffer(shape: tuple[int, ...], dtype, columns: int):
