@@ -58,18 +58,18 @@ kernel_tests=(tests/pallas_kernels/test_*_kernels.py tests/pallas_kernels/test_*
 if [ -n "$dry" ]; then
   tests+=(--collect-only)
 fi
-part 150 tests.txt "${tests[@]}" -m "not slow and not full and not root and not oracle" "${kernel_tests[@]}" -k "not compile"
-part 60 tests.txt "${tests[@]}" -m gpu tests/pallas_kernels
+part 120 tests.txt "${tests[@]}" -m "not slow and not full and not root and not oracle" "${kernel_tests[@]}" -k "not compile"
+part 45 tests.txt "${tests[@]}" -m gpu tests/pallas_kernels
 if [ -n "$dry" ]; then
   part 120 decode.txt "$python" scripts/bench/gpu_decode.py --dry-run --prompt 8 --tokens 9 --json "$folder/decode.json"
 else
   part 150 decode.txt "$python" scripts/bench/gpu_decode.py --json "$folder/decode.json"
 fi
-part 180 kernels.txt bash -c '"$1" scripts/bench/kernel_report.py --measure --json $2 >"$3/kernels.json"' - "$python" "$dry" "$folder"
-part 30 decode.txt "$python" scripts/bench/gpu_chart.py "$folder"
+part 190 kernels.txt bash -c '"$1" scripts/bench/kernel_report.py --measure --limit 170 --json $2 >"$3/kernels.json"' - "$python" "$dry" "$folder"
+part 20 decode.txt "$python" scripts/bench/gpu_chart.py "$folder"
 if [ -z "$dry" ]; then
   # once with what is in the user's cache folder would compare tuned with tuned
-  XDG_CACHE_HOME=$folder/cache part 60 tuned.txt "$python" -m jaxinfer tune --op quant_matmul --dtype bfloat16 --quantize w4a16-g128 \
+  XDG_CACHE_HOME=$folder/cache part 55 tuned.txt "$python" -m jaxinfer tune --op quant_matmul --dtype bfloat16 --quantize w4a16-g128 \
     --prompt-tokens 16 --output "$folder/tuned"
 fi
 exit "$status"

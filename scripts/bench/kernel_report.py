@@ -21,6 +21,8 @@ import json
 import math
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -115,15 +117,42 @@ def seconds(case: Case, repeats: int = tuner.REPEATS) -> float:
     return tuner.clock(program.lower(*operands).compile(), operands) / repeats
 
 
-def measured(case: Case, device_kind: str, repeats: int, peers: bool) -> dict:
+def measured(case: Case, device_kind: str, repeats: int) -> dict:
     """A row of the report."""
     row = {"op": case.op, "case": case.name, "device": device_kind, "moved_bytes": case.moved, "operations": case.operations}
     row |= {"seconds": seconds(case, repeats), "beside": {}}
-    if peers:
-        row["beside"] = beside(case, functools.partial(seconds, repeats=repeats))
     if (gpu := next((g for g in KNOWN.values() if g.device_kind == device_kind), None)) is not None:
         row["percent_of_peak"] = 100 * floor(case, gpu) / row["seconds"]
     return row
+
+
+def measure(
+    chosen: list[Case], *, repeats: int, peers: bool, torch_device: str, limit: float, show: Callable[[str], None]
+) -> list[dict]:
+    """Rows of the report: all kernels first, then what is beside them, until `limit` seconds are over."""
+    kind, end = jax.devices()[0].device_kind, time.monotonic() + limit
+    late = lambda: time.monotonic() > end
+    rows = []
+    for case in chosen:
+        if late():
+            break
+        rows.append(measured(case, kind, repeats))
+        show(measured_in_words(rows[-1]))
+    if peers:
+        by_torch = torch_seconds(chosen[: len(rows)], device=torch_device) if not late() else {}
+        for case, row in zip(chosen, rows, strict=False):
+            if (own := by_torch.get((row["op"], row["case"]))) is not None:
+                row["beside"]["torch"] = own
+            if not late():
+                row["beside"] |= beside(case, functools.partial(seconds, repeats=repeats))
+            if row["beside"]:
+                show(measured_in_words(row))
+    if late():
+        alone = sum(not row["beside"] for row in rows) if peers else 0
+        show(
+            f"after {limit:.0f} seconds: {len(chosen) - len(rows)} of {len(chosen)} kernels not measured, {alone} beside nothing"
+        )
+    return rows
 
 
 def measured_in_words(row: dict) -> str:
@@ -182,6 +211,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--op", help="only this operation")
     parser.add_argument("--measure", action="store_true", help="time the cases on the GPU that is here")
     parser.add_argument("--no-peers", action="store_true", help="time nothing beside the kernels")
+    parser.add_argument(
+        "--limit", type=float, default=math.inf, metavar="SECONDS", help="of measuring, after which the rest is left out"
+    )
     parser.add_argument("--dry-run", action="store_true", help="with --measure: small cases, interpreted, on any device")
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write kernels.txt and kernels.json there")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
@@ -200,14 +232,14 @@ def main(arguments: list[str] | None = None) -> int:
         if args.dry_run:
             chosen, repeats = [case for case in chosen if size(case.args) < SMALLEST], 1
         with interpreting() if args.dry_run else contextlib.nullcontext():
-            rows = [measured(case, device.device_kind, repeats, not args.no_peers) for case in chosen]
-        if not args.no_peers:
-            by_torch = torch_seconds(chosen, device="cpu" if args.dry_run else "cuda")
-            for row in rows:
-                if (own := by_torch.get((row["op"], row["case"]))) is not None:
-                    row["beside"]["torch"] = own
-        for row in rows:
-            print(measured_in_words(row), file=sys.stderr if args.json else sys.stdout)
+            rows = measure(
+                chosen,
+                repeats=repeats,
+                peers=not args.no_peers,
+                torch_device="cpu" if args.dry_run else "cuda",
+                limit=args.limit,
+                show=functools.partial(print, file=sys.stderr if args.json else sys.stdout, flush=True),
+            )
     else:
         for case in chosen:
             for name in args.gpus.split(","):
