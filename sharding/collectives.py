@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -71,13 +71,18 @@ def leave_hosts(x, hosts: str, local: str, int8: bool):
     """`leave` over the axes (hosts, local) in three steps: reduce-scatter inside a host, all-reduce across, all-gather inside.
 
     So each host sends each number once, and not once a ring: see `all_reduce_bytes`. int8: what crosses hosts is INT8 with a float32 scale
-    per BLOCK numbers, `all_reduce_int8`; every device still gets the same result. x: floats of any shape.
+    per BLOCK numbers, `sum_int8`, and so is what is gathered inside; every device still gets the same result. x: floats of any shape.
     """
     n, flat = lax.axis_size(local), x.reshape(-1)
     flat = jnp.pad(flat, (0, -flat.size % n))
     part = lax.psum_scatter(flat, local, tiled=True)
-    part = all_reduce_int8(part, hosts) if int8 else lax.psum(part, hosts)
-    return lax.all_gather(part, local, tiled=True)[: x.size].reshape(x.shape)
+    if int8:
+        every = (
+            unpacked(lax.all_gather(sum_int8(part, hosts), local)).reshape(n, -1)[:, : part.size].reshape(-1).astype(x.dtype)
+        )
+    else:
+        every = lax.all_gather(lax.psum(part, hosts), local, tiled=True)
+    return every[: x.size].reshape(x.shape)
 
 
 leave_hosts.defvjp(
@@ -92,21 +97,23 @@ def _packed(x):
     return jnp.concatenate([values, lax.bitcast_convert_type(scale, jnp.int8)[..., 0, :]], -1)
 
 
-def _unpacked(packed):
+def unpacked(packed):
+    """float32 [..., BLOCK] of INT8 [..., BLOCK + 4], as `sum_int8` gives them."""
     scale = lax.bitcast_convert_type(packed[..., BLOCK:], jnp.float32)
     return packed[..., :BLOCK].astype(jnp.float32) * scale[..., None]
 
 
-def all_reduce_int8(x, axis: str):
+def sum_int8(x, axis: str):
     """Sum of float vectors [n] over an axis, sent as INT8: an all-to-all of blocks, their sum in float32, an all-gather of its blocks.
+    INT8 [blocks, BLOCK + 4], for `unpacked`: n numbers and zeros behind them.
 
     Each number is rounded twice: its error is at most (sum over the shards of m_i, plus m) / 254, with m_i and m the largest magnitudes of
     its block in shard i and in the sum. The result is the same on all shards.
     """
     n, size = lax.axis_size(axis), x.size
     blocks = jnp.pad(x.astype(jnp.float32), (0, -size % (n * BLOCK))).reshape(n, -1, BLOCK)
-    own = jnp.sum(_unpacked(lax.all_to_all(_packed(blocks), axis, 0, 0)), 0)
-    return _unpacked(lax.all_gather(_packed(own), axis, tiled=True)).reshape(-1)[:size].astype(x.dtype)
+    own = jnp.sum(unpacked(lax.all_to_all(_packed(blocks), axis, 0, 0)), 0)
+    return lax.all_gather(_packed(own), axis, tiled=True)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -208,8 +215,8 @@ def collect(y, arrived: Arrived, axis: str, *, rows: int, ragged: bool):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Expected:
-    """Collectives in the text of a compiled program, where a loop's body counts once and both branches of a conditional count."""
+class Counts:
+    """Collectives in a part of the text of a compiled program; both branches of a conditional count."""
 
     all_reduce: int = 0
     all_gather: int = 0
@@ -218,10 +225,46 @@ class Expected:
     all_to_all: int = 0
     ragged_all_to_all: int = 0
 
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(**{f.name: getattr(self, f.name) + getattr(other, f.name) for f in dataclasses.fields(self)})
+
     def by_name(self) -> dict[str, int]:
         """Counts under their HLO names, zeros left out."""
         named = {field.name.replace("_", "-"): getattr(self, field.name) for field in dataclasses.fields(self)}
         return {name: n for name, n in named.items() if n}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Expected:
+    """What a compiled program must have, and no more. loop: in the body and the condition of its loop, which a pass through it runs.
+    outside: what runs once a call."""
+
+    loop: Counts = Counts()
+    outside: Counts = Counts()
+
+
+def _of_layers(*, slots: int, tensor: int, tensor_hosts: int, int8: bool, expert: int, moe_slots: int, ragged: bool) -> Counts:
+    """Of the layer slots of one stage: two sums a slot where there are tensor shards, each of which is a reduce-scatter, an all-reduce and
+    an all-gather where these lie on several hosts with several each (with INT8 across hosts an all-to-all and an all-gather instead of
+    its all-reduce). Where experts are split, each of the moe_slots slots of layers that have some takes three all-to-alls: of counts, of
+    rows to the experts and of rows back, the latter two ragged ones where so asked."""
+    sums, layered = 2 * slots * (tensor * tensor_hosts > 1), tensor > 1 and tensor_hosts > 1
+    exchanges = moe_slots if expert > 1 else 0
+    return Counts(
+        all_reduce=0 if layered and int8 else sums,
+        all_gather=sums * (2 if int8 else 1) if layered else 0,
+        reduce_scatter=sums if layered else 0,
+        all_to_all=(sums if layered and int8 else 0) + exchanges * (1 if ragged else 3),
+        ragged_all_to_all=2 * exchanges if ragged else 0,
+    )
+
+
+def _of_ends(*, stages: int, shards: int) -> Counts:
+    """Of the embedding and of choosing a token. Where the vocabulary is split: one all-reduce for the embedding, two for the greedy token
+    (largest logit, lowest id), two for log-probabilities if asked for, and one all-gather of the logits if any token is drawn; with a
+    pipeline one all-reduce of the last stage's output."""
+    split = stages * shards > 1
+    return Counts(all_reduce=5 * split + (stages > 1), all_gather=int(split))
 
 
 def expected_decode(
@@ -236,44 +279,61 @@ def expected_decode(
     moe_slots: int = 0,
     ragged: bool = False,
 ) -> Expected:
-    """What a decode program must have, and no more.
+    """Of a decode program that reports no alternatives of tokens: all in its loop, of which a pass is a tick.
 
-    slots: layer slots of a stage. stages, tensor, data, tensor_hosts, expert: sizes of the mesh's axes. Per tick: two all-reduces a layer
-    under tensor parallelism, each of which is a reduce-scatter, an all-reduce and an all-gather where shards lie on several hosts with
-    several each (with INT8 across hosts an all-to-all and an all-gather instead of its all-reduce); where the vocabulary is split one for
-    the embedding, two for the greedy token (largest logit, lowest id), two for log-probabilities if asked for, and one all-gather of the
-    logits if any token is drawn; with a pipeline one all-reduce of the last stage's output and one permute; where the batch is split, over
-    data or experts, one of a scalar, whether any shard goes on. Where experts are split, each of the moe_slots layers that have some takes
-    three all-to-alls: of counts, of rows to the experts and of rows back, the latter two ragged ones where so asked.
+    slots: layer slots of a stage. stages, tensor, data, tensor_hosts, expert: sizes of the mesh's axes. Layers and ends (see `_of_layers`
+    and `_of_ends`); with a pipeline a permute, to the next stage; where the batch is split, over data or experts, an all-reduce of a
+    scalar: whether any shard goes on.
     """
-    shards = tensor * tensor_hosts
-    split_vocab, pipeline = stages * shards > 1, stages > 1
-    sums, layered = 2 * slots * (shards > 1), tensor > 1 and tensor_hosts > 1
-    across = sums if not (layered and int8) else 0
-    exchanges = moe_slots if expert > 1 else 0
-    return Expected(
-        all_reduce=5 * split_vocab + across + pipeline + (data * expert > 1),
-        all_gather=int(split_vocab) + (sums * (2 if int8 else 1) if layered else 0),
-        collective_permute=int(pipeline),
-        reduce_scatter=sums if layered else 0,
-        all_to_all=(sums if layered and int8 else 0) + exchanges * (1 if ragged else 3),
-        ragged_all_to_all=2 * exchanges if ragged else 0,
+    layers = _of_layers(
+        slots=slots, tensor=tensor, tensor_hosts=tensor_hosts, int8=int8, expert=expert, moe_slots=moe_slots, ragged=ragged
     )
+    own = Counts(collective_permute=int(stages > 1), all_reduce=int(data * expert > 1))
+    return Expected(loop=layers + _of_ends(stages=stages, shards=tensor * tensor_hosts) + own)
+
+
+def expected_prefill(
+    *,
+    slots: int,
+    stages: int,
+    tensor: int,
+    tensor_hosts: int = 1,
+    int8: bool = False,
+    expert: int = 1,
+    moe_slots: int = 0,
+    ragged: bool = False,
+) -> Expected:
+    """Of a prefill program that reports nothing of the prompts: with a pipeline its layers and a permute are in a loop, of which a pass is
+    a micro-batch on every stage; without one there is no loop. See `expected_decode`."""
+    layers = _of_layers(
+        slots=slots, tensor=tensor, tensor_hosts=tensor_hosts, int8=int8, expert=expert, moe_slots=moe_slots, ragged=ragged
+    )
+    ends = _of_ends(stages=stages, shards=tensor * tensor_hosts)
+    if stages == 1:
+        return Expected(outside=layers + ends)
+    return Expected(loop=layers + Counts(collective_permute=1), outside=ends)
 
 
 def expected(
-    config: Any, mesh: Mesh, *, int8: bool = False, ragged: bool = False, kinds: Sequence[str] | None = None
+    config: Any,
+    mesh: Mesh,
+    *,
+    program: Literal["decode", "prefill"] = "decode",
+    int8: bool = False,
+    ragged: bool = False,
+    kinds: Sequence[str] | None = None,
 ) -> Expected:
-    """`expected_decode` of a model on a mesh of sharding.mesh.make_mesh.
+    """`expected_decode` or `expected_prefill` of a model on a mesh of sharding.mesh.make_mesh.
 
     config: has `layers`, and `moe`, which is None for a model without experts. kinds: of the layer slots, "moe" those with experts; needed
     for models that have them in some layers only, by default as few slots as can be, all alike.
     """
     if kinds is None:
         kinds = ("moe" if config.moe else "dense",) * -(-config.layers // mesh.shape["stage"])
-    sizes = {name: mesh.shape[name] for name in ("tensor", "data", "tensor_hosts", "expert")}
-    more = {"int8": int8, "ragged": ragged, "moe_slots": sum(kind == "moe" for kind in kinds)}
-    return expected_decode(slots=len(kinds), stages=mesh.shape["stage"], **sizes, **more)
+    sizes = {name: mesh.shape[name] for name in ("tensor", "tensor_hosts", "expert")}
+    more: dict[str, Any] = {"int8": int8, "ragged": ragged, "moe_slots": sum(kind == "moe" for kind in kinds)}
+    more |= {"slots": len(kinds), "stages": mesh.shape["stage"], **sizes}
+    return expected_prefill(**more) if program == "prefill" else expected_decode(data=mesh.shape["data"], **more)
 
 
 # --- what each sends
@@ -297,10 +357,9 @@ def all_reduce_bytes(nbytes: float, *, hosts: int, local: int) -> Sent:
 
 def leave_hosts_bytes(nbytes: float, *, hosts: int, local: int, item: int, int8: bool = False) -> Sent:
     """`leave_hosts` of nbytes a device, `item` bytes a number: inside a host (local - 1) / local of the bytes twice, across hosts
-    2 (hosts - 1) / hosts of them once, which INT8 makes 1 + 4 / BLOCK bytes a number."""
-    numbers = math.ceil(nbytes / item)
-    crossing = numbers * (1 + _SCALE_BYTES / BLOCK) if int8 else nbytes
-    return Sent(inside=2 * (local - 1) / local * nbytes, across=2 * (hosts - 1) / hosts * crossing)
+    2 (hosts - 1) / hosts of them once. INT8 makes them 1 + 4 / BLOCK bytes a number, across hosts and the second time inside."""
+    summed = math.ceil(nbytes / item) * (1 + _SCALE_BYTES / BLOCK) if int8 else nbytes
+    return Sent(inside=(local - 1) / local * (nbytes + summed), across=2 * (hosts - 1) / hosts * summed)
 
 
 def all_gather_bytes(nbytes: float, *, shards: int) -> float:

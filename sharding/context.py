@@ -16,7 +16,7 @@ class ParallelContext:
     """Names of the mesh axes that are larger than 1, as seen inside shard_map. An axis of size 1 emits no collective.
 
     tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. rows: axes that split the batch. expert: the
-    one of them that splits experts too, or None. int8_hosts: partial sums cross hosts as INT8 (`collectives.all_reduce_int8`), where tensor
+    one of them that splits experts too, or None. int8_hosts: partial sums cross hosts as INT8 (`collectives.sum_int8`), where tensor
     shards lie on several.
     """
 

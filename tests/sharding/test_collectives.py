@@ -24,6 +24,7 @@ from sharding.collectives import (
     dispatch,
     dispatch_bytes,
     expected_decode,
+    expected_prefill,
     leave,
     leave_hosts,
     leave_hosts_bytes,
@@ -176,6 +177,7 @@ def test_bytes():
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2).across == 131072
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2, int8=True).across == 66560
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2).inside == 2 * 7 / 8 * nbytes
+    assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2, int8=True).inside == 7 / 8 * (nbytes + 66560)
     assert all_reduce_bytes(nbytes, hosts=1, local=8).across == 0 and all_reduce_bytes(nbytes, hosts=8, local=1).inside == 0
     assert all_gather_bytes(800, shards=8) == 700 and permute_bytes(5) == 5
     # 16 tokens of 100 bytes, 3 experts of each, over 4 shards of 2: at most 2 of a token's are on one shard
@@ -184,14 +186,21 @@ def test_bytes():
 
 
 def test_expected():
+    """Decoding has all in its loop; reading prompts has its layers in one where there are stages, and no loop where there are none."""
     layered = expected_decode(slots=3, stages=2, tensor=4, tensor_hosts=2)
-    assert layered.by_name() == {"all-reduce": 12, "all-gather": 7, "collective-permute": 1, "reduce-scatter": 6}
-    assert expected_decode(slots=3, stages=1, tensor=1, tensor_hosts=2).by_name() == {"all-reduce": 11, "all-gather": 1}
-    quantised = expected_decode(slots=1, stages=1, tensor=2, tensor_hosts=2, int8=True)
+    assert layered.loop.by_name() == {"all-reduce": 12, "all-gather": 7, "collective-permute": 1, "reduce-scatter": 6}
+    flat = expected_decode(slots=3, stages=1, tensor=1, tensor_hosts=2)
+    assert flat.loop.by_name() == {"all-reduce": 11, "all-gather": 1} and flat.outside.by_name() == {}
+    quantised = expected_decode(slots=1, stages=1, tensor=2, tensor_hosts=2, int8=True).loop
     assert quantised.by_name() == {"all-reduce": 5, "all-gather": 5, "reduce-scatter": 2, "all-to-all": 2}
     experts = {"slots": 3, "stages": 1, "tensor": 1, "expert": 4, "moe_slots": 2}
-    assert expected_decode(**experts).by_name() == {"all-reduce": 1, "all-to-all": 6}
-    assert expected_decode(**experts, ragged=True).by_name() == {"all-reduce": 1, "all-to-all": 2, "ragged-all-to-all": 4}
+    assert expected_decode(**experts).loop.by_name() == {"all-reduce": 1, "all-to-all": 6}
+    ragged = expected_decode(**experts, ragged=True).loop
+    assert ragged.by_name() == {"all-reduce": 1, "all-to-all": 2, "ragged-all-to-all": 4}
+    assert expected_prefill(**experts).outside.by_name() == {"all-to-all": 6}
+    staged = expected_prefill(slots=3, stages=2, tensor=4)
+    assert staged.loop.by_name() == {"all-reduce": 6, "collective-permute": 1}
+    assert staged.outside.by_name() == {"all-reduce": 6, "all-gather": 1}
 
 
 def test_a_mesh_from_the_hosts():
