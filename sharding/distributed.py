@@ -68,6 +68,11 @@ def detect(environ: Mapping[str, str] | None = None) -> Launch | None:
     for look in (_ours, _open_mpi, _slurm, _kubernetes):
         found = look(e)
         if found is not None:
+            if (announced := e.number(f"{PREFIX}PROCESSES", found["processes"])) != found["processes"]:
+                raise LaunchError(
+                    f"{found['launcher']} has started {found['processes']} processes, {PREFIX}PROCESSES says {announced}; "
+                    "start as many, or unset it"
+                )
             if found["processes"] == 1:
                 return None
             own: dict[str, Any] = {

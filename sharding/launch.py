@@ -1,7 +1,8 @@
 """Starts the processes of a run: `jaxinfer launch`. Imports no jax.
 
 Four ways: `local` starts them here, `ssh` starts sharding.agent on each host, `mpi` and `slurm` leave it to mpirun and srun. Before
-that it looks whether it can work; afterwards sharding.supervise looks after them. Each rank finds out who it is in sharding.distributed.
+that it looks whether it can work, on other hosts by agents, or by sharding.probe under mpirun and srun; afterwards sharding.supervise
+looks after them. Each rank finds out who it is in sharding.distributed.
 """
 
 import contextlib
@@ -11,9 +12,11 @@ import queue
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from sharding import agent
@@ -21,6 +24,7 @@ from sharding.distributed import PREFIX
 from sharding.errors import LaunchError
 from sharding.job import Job, assign
 from sharding.network import free_port, is_local, is_loopback, join_address, listen, resolve, source_address
+from sharding.probe import MARK
 from sharding.supervise import Run
 
 PROBE_SECONDS = 8.0
@@ -30,7 +34,8 @@ def launch(job: Job) -> int:
     """Run a job to its end: 0, the status of the rank that failed first (128 + n for signal n), or 128 + n where signal n ended it all.
 
     Raises LaunchError, within 10 seconds and before any rank is started, for hosts that cannot be reached or resolved, a port that is
-    taken, a number of ranks that does not fit, and a launcher that is not installed.
+    taken, a number of ranks that does not fit, and a launcher that is not installed. Where srun has to wait for hosts first, nothing is
+    probed, and the ranks say the same once they run (sharding.rendezvous).
     """
     backend = job.backend or ("ssh" if job.hosts and not all(is_local(host.name) for host in job.hosts) else "local")
     places = assign(job.hosts, job.ranks) if job.hosts else ["localhost"] * (job.ranks or 1)
@@ -45,9 +50,10 @@ def launch(job: Job) -> int:
     elif backend == "ssh":
         run.start_ssh(_probed(job, places))
     elif backend == "mpi":
-        run.start_other(_mpirun(job, places), spaced=_mpirun_version() >= 5)
+        words = _mpirun(job, places)
+        run.start_other([*words, *job.command], spaced=_mpirun_version() >= 5)
     else:
-        run.start_other(_srun(job, places))
+        run.start_other([*_srun(job, places), *job.command])
     return run.wait()
 
 
@@ -142,19 +148,54 @@ def _probed(job: Job, places: Sequence[str]) -> str:
 
 
 def _mpirun(job: Job, places: Sequence[str]) -> list[str]:
+    """mpirun with its options for a job, after its hosts have met. Raises LaunchError."""
     _need("mpirun", "Open MPI")
-    hosts: list[str] = []
+    names = list(dict.fromkeys(places))
     settings = dict(job.settings)
+    if job.port is not None and all(map(is_local, names)):
+        listen(job.port).close()  # where it is taken, this says so
     if job.hosts:
-        hosts = ["--host", ",".join(f"{name}:{places.count(name)}" for name in dict.fromkeys(places))]
         settings[f"{PREFIX}COORDINATOR"] = join_address(coordinator_host(places), job.port or free_port())
     elif job.port is not None:
         settings[f"{PREFIX}COORDINATOR"] = join_address("127.0.0.1", job.port)
     exported = [word for name, value in settings.items() for word in ("-x", f"{name}={value}")]
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
+    slots = ",".join(f"{name}:{places.count(name)}" for name in names)
+    hosts = ["--host", slots] if job.hosts else []
+    if len(names) > 1:
+        _meet(["mpirun", "-n", str(len(names)), *root, *hosts, "--bind-to", "none", "--map-by", "ppr:1:node", *exported])
     # a rank bound to one core would starve XLA's threads
     places_ = ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
-    return ["mpirun", "-n", str(len(places)), *root, *hosts, *places_, "--tag-output", *exported, *job.command]
+    return ["mpirun", "-n", str(len(places)), *root, *hosts, *places_, "--tag-output", *exported]
+
+
+def _meet(launcher: Sequence[str]) -> None:
+    """Let one process of each host meet the others, started as the ranks will be. Raises LaunchError."""
+    command = [*launcher, sys.executable, "-m", "sharding.probe"]
+    root = str(Path(__file__).resolve().parents[1])
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))}
+    with subprocess.Popen(
+        command,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            said, _ = process.communicate(timeout=PROBE_SECONDS)
+        except subprocess.TimeoutExpired:
+            # on many hosts, or slow ones, that is no error: the ranks meet again, with their own patience
+            print(f"jaxinfer launch: {command[0]} took longer than {PROBE_SECONDS:.0f} s to look at its hosts", file=sys.stderr)
+            return
+        finally:
+            if process.poll() is None:
+                agent.end(process)
+    if process.returncode:
+        lines = [line.strip() for line in said.splitlines() if line.strip()]
+        found = [line.partition(MARK)[2] for line in lines if MARK in line]
+        raise LaunchError(found[0] if found else f"{command[0]} ended with status {process.returncode}: {' '.join(lines[-3:])}")
 
 
 def _mpirun_version() -> int:
@@ -166,11 +207,41 @@ def _mpirun_version() -> int:
 
 
 def _srun(job: Job, places: Sequence[str]) -> list[str]:
+    """srun with its options for a job, after its hosts have met where they are there already. Raises LaunchError."""
     _need("srun", "Slurm")
     names = list(dict.fromkeys(places))
+    settings = dict(job.settings)
+    if job.port is not None:
+        if not job.hosts:
+            raise LaunchError(
+                f"Slurm chooses the hosts, so that nobody knows whose port {job.port} is; give --hosts, or leave --port out"
+            )
+        settings[f"{PREFIX}COORDINATOR"] = join_address(coordinator_host(places), job.port)
     hosts = ["--nodelist", ",".join(names), "--nodes", str(len(names))] if job.hosts else []
-    exported = ",".join(["ALL", *(f"{name}={value}" for name, value in job.settings.items())])
-    return ["srun", "-n", str(len(places)), "--kill-on-bad-exit=1", "--label", *hosts, f"--export={exported}", *job.command]
+    exported = ",".join(["ALL", *(f"{name}={value}" for name, value in settings.items())])
+    own = ["--kill-on-bad-exit=1", *hosts, f"--export={exported}"]
+    if "SLURM_JOB_ID" not in os.environ:
+        _try_out(["srun", "--test-only", "-n", str(len(places)), *own, "true"], len(places))
+    else:  # outside of a job the probe would stand in the queue before the ranks do
+        count = len(names) if job.hosts else int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+        if count > 1:
+            _meet(["srun", "--overlap", "-n", str(count), "--ntasks-per-node=1", *own])
+    return ["srun", "-n", str(len(places)), "--label", *own]
+
+
+def _try_out(command: Sequence[str], ranks: int) -> None:
+    """Ask Slurm whether it could ever run this. Raises LaunchError."""
+    try:
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PROBE_SECONDS)
+    except subprocess.TimeoutExpired:
+        raise LaunchError(
+            f"Slurm did not answer within {PROBE_SECONDS:.0f} s; check with `sinfo` that its controller runs, and SLURM_CONF"
+        ) from None
+    if done.returncode:
+        said = " ".join((done.stderr + done.stdout).split())
+        raise LaunchError(
+            f"Slurm cannot start {ranks} ranks: {said}; start as many as it has room for, on hosts that `sinfo` lists"
+        )
 
 
 def _need(program: str, package: str) -> None:

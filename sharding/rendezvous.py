@@ -17,9 +17,9 @@ import time
 from pathlib import Path
 
 from sharding.errors import LaunchError
-from sharding.network import listen
+from sharding.network import is_loopback, listen, resolve
 
-PATIENCE = 8.0  # seconds until it is said what is waited for
+PATIENCE = 5.0  # seconds until it is said what is waited for
 _HELLO_SECONDS = 2.0  # that a connection may take to say who it is
 
 
@@ -54,7 +54,7 @@ class Guest:
 def meet(host: str, port: int, *, process: int, processes: int, timeout: float) -> list[str]:
     """The host of every process, in their order, the same list everywhere.
 
-    host, port: of process 0. timeout: seconds until all must be there; after 8 s it is said on stderr who is waited for. Raises LaunchError
+    host, port: of process 0. timeout: seconds until all must be there; after 5 s it is said on stderr who is waited for. Raises LaunchError
     on every process that could be told: a port that is taken, a process that is missing, there twice, of another count, or of another
     version, or something else that listens there.
     """
@@ -119,7 +119,7 @@ def _wrong(guest: Guest, me: Guest, guests: dict[int, Guest]) -> str | None:
 
 
 def _visit(host: str, port: int, me: Guest, timeout: float) -> list[str]:
-    began, noted, reason, where = time.monotonic(), False, "", f"{host} port {port}"
+    began, noted, reason, where = time.monotonic(), False, "", _named(host, port)
     who = f"process {me.process} of {me.processes}"
     while (waited := time.monotonic() - began) <= timeout:
         if waited > PATIENCE and not noted:
@@ -150,6 +150,15 @@ def _visit(host: str, port: int, me: Guest, timeout: float) -> list[str]:
         f"{who} found no coordinator, process 0, at {where} within {timeout:.0f} s: {reason}; check that it runs, its host name, and "
         "that no firewall closes the port"
     )
+
+
+def _named(host: str, port: int) -> str:
+    """A coordinator's place, with a word on a name that leads nowhere else: on its own host that is no matter, on another one it is."""
+    with contextlib.suppress(LaunchError):
+        if is_loopback(address := resolve(host)) and host not in (address, "localhost"):
+            hint = f"{host} leads to {address} here, which is this host itself: write its address into DNS or /etc/hosts"
+            return f"{host} port {port} ({hint})"
+    return f"{host} port {port}"
 
 
 def _line(connection: socket.socket) -> bytes:

@@ -96,7 +96,8 @@ class Run:
         self._lock = threading.Lock()  # of the two streams, so that lines stay whole
         self._pumps: list[threading.Thread] = []
         self._other: subprocess.Popen | None = None  # mpirun or srun
-        self._spaced = False
+        self._spaced, self._program = False, ""
+        self._own_lines: collections.deque[str] = collections.deque(maxlen=TAIL)  # of mpirun or srun itself
         self._unheard: list[int] = []  # ranks that others say they do not hear of
         self._early: list[int] = []  # the rank that waited for the others to end
         self._said: list[tuple[int, str]] = []  # what mpirun or srun says of failures: of which rank, and how
@@ -131,7 +132,7 @@ class Run:
         """With mpirun or srun. spaced: a space follows mpirun's tag."""
         with self._ended_on_error():
             self._other = self._popen(command, env=os.environ | self.job.settings)
-        self._spaced = spaced
+        self._spaced, self._program = spaced, command[0]
         label = _TAGGED if command[0] == "mpirun" else _LABELLED
         streams = ((self._other.stdout, True), (self._other.stderr, False))
         for stream, is_out in streams:
@@ -254,6 +255,8 @@ class Run:
                 continue
             text = line.decode(errors="replace").rstrip()
             self._other_said(text)
+            if text:
+                self._own_lines.append(text)
             self._write(sys.stderr, line)
 
     def _other_said(self, text: str) -> None:
@@ -388,10 +391,14 @@ class Run:
                 rank, how = unheard[0], f"the others did not hear of it for {self.job.heartbeat} s"
             elif rank is not None and not culprits and early:
                 rank, how = early[0], "it came to its end while the others had still to work"
-        who = rank.name if rank else "a rank, which one is not said,"
-        lines = [f"jaxinfer launch: {who} was the first of {len(self.ranks)} to fail: {how}, {seconds:.1f} s after the start"]
-        if rank and rank.tail:
-            lines += ["its last lines:", *(f"  | {line}" for line in rank.tail)]
+        after, tail = f"{how}, {seconds:.1f} s after the start", rank.tail if rank else self._own_lines
+        if rank is None and not any(each.tail for each in self.ranks):
+            lines = [f"jaxinfer launch: {self._program} failed before any of {len(self.ranks)} ranks said anything: {after}"]
+        else:
+            who = rank.name if rank else "a rank, which one is not said,"
+            lines = [f"jaxinfer launch: {who} was the first of {len(self.ranks)} to fail: {after}"]
+        if tail:
+            lines += ["its last lines:", *(f"  | {line}" for line in tail)]
         self._write(sys.stderr, "".join(f"{line}\n" for line in lines).encode())
         return status if status >= 0 else 128 - status
 

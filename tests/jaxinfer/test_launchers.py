@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from jaxinfer import SamplingParams
-from sharding.network import free_port
+from sharding.network import free_port, listen
 
 pytestmark = [pytest.mark.slow, pytest.mark.root]
 
@@ -41,7 +41,7 @@ def check(tiny, engine) -> Callable[..., None]:
         options = ["--tp", "2", "--max-tokens", "6", "--max-length", "64", "--kernels", "xla", "--json"]
         program = ["generate", str(tiny.folder), "--prompt-ids", ",".join(map(str, PROMPT)), *options]
         done = subprocess.run(
-            [*command, "-m", "jaxinfer", *program], env=os.environ | ENV | env, capture_output=True, text=True, timeout=120
+            [*command, "-m", "jaxinfer", *program], env=os.environ | ENV | env, capture_output=True, text=True, timeout=300
         )
         assert done.returncode == 0, done.stderr
         expected = engine.generate(PROMPT, SamplingParams(max_tokens=6)).token_ids
@@ -72,6 +72,39 @@ def test_open_mpi(check, tmp_path):
     check(launch("--nproc", "2", "--backend", "mpi"))
     assert "rank 1 (on localhost) was the first of 2 to fail: exit status 3" in blamed(
         launch("--nproc", "2", "--backend", "mpi"), tmp_path, {}
+    )
+
+
+def said_at_once(command: Sequence[str], env: Mapping[str, str] = {}) -> str:
+    """What a launch that cannot be says on stderr, long before the patience of its ranks is at its end."""
+    program = [*command, "-m", "jaxinfer", "generate", "demo", "--prompt-ids", "1"]
+    done = subprocess.run(program, env=os.environ | ENV | env, capture_output=True, text=True, timeout=60)
+    assert done.returncode and done.stdout == "", done.stderr
+    return done.stderr
+
+
+def test_what_open_mpi_cannot_start_is_said(tmp_path):
+    need("mpirun")
+    with listen(0) as server:
+        port = server.getsockname()[1]
+        assert f"port {port} of" in (said := said_at_once(launch("--nproc", "2", "--backend", "mpi", "--port", str(port))))
+        assert "it is taken" in said
+        # without our launcher process 0 says it
+        root = [
+            "--allow-run-as-root",
+            "--bind-to",
+            "none",
+            "--map-by",
+            ":OVERSUBSCRIBE",
+            "-x",
+            f"JAXINFER_COORDINATOR=127.0.0.1:{port}",
+        ]
+        assert "it is taken" in said_at_once(["mpirun", *root, "-n", "2", sys.executable])
+    assert "has started 2 processes, JAXINFER_PROCESSES says 4" in said_at_once(
+        launch("--nproc", "2", "--backend", "mpi"), {"JAXINFER_PROCESSES": "4"}
+    )
+    assert "'no-such-host.invalid' has no address here" in said_at_once(
+        launch("--hosts", "no-such-host.invalid:1,localhost:1", "--backend", "mpi")
     )
 
 
@@ -147,6 +180,16 @@ def test_slurm(check, slurm, tmp_path):
     check(launch("--nproc", "2", "--backend", "slurm"), slurm)
     said = blamed(launch("--nproc", "2", "--backend", "slurm"), tmp_path, slurm)
     assert "rank 1 (on localhost) was the first of 2 to fail: Exited with exit code 3" in said
+    assert "Slurm cannot start 99 ranks: allocation failure" in said_at_once(
+        launch("--nproc", "99", "--backend", "slurm"), slurm
+    )
+    with listen(0) as server:
+        port = server.getsockname()[1]
+        here = socket.gethostname().partition(".")[0]
+        said = said_at_once(launch("--hosts", f"{here}:2", "--backend", "slurm", "--port", str(port)), slurm)
+        assert f"port {port} of" in said and "it is taken" in said
+    differs = said_at_once(launch("--nproc", "2", "--backend", "slurm"), slurm | {"JAXINFER_PROCESSES": "4"})
+    assert "Slurm has started 2 processes, JAXINFER_PROCESSES says 4" in differs
 
 
 # --- ssh

@@ -71,6 +71,11 @@ def test_open_mpi():
     assert named and named.coordinator == "a:5"
 
 
+def test_another_count_than_the_launchers():
+    with pytest.raises(LaunchError, match="Open MPI has started 4 processes, JAXINFER_PROCESSES says 8"):
+        detect(OPEN_MPI | {"JAXINFER_PROCESSES": "8", "JAXINFER_COORDINATOR": "a:5"})
+
+
 def test_slurm():
     found = detect(SLURM)
     assert found and found.coordinator.startswith("node007:") and (found.processes, found.process) == (6, 5)
@@ -131,6 +136,18 @@ def test_no_coordinator(capsys, monkeypatch):
     with pytest.raises(LaunchError, match=r"found no coordinator, process 0, at 127\.0\.0\.1 port"):
         meet("127.0.0.1", free_port(), process=1, processes=2, timeout=1.0)
     assert "process 1 of 2 waits for the coordinator" in capsys.readouterr().err
+
+
+def test_a_coordinator_whose_name_leads_to_this_host(capsys, monkeypatch):
+    """As 127.0.1.1 in a hosts file that lists the coordinator's name on another host, too."""
+    monkeypatch.setattr(rendezvous, "PATIENCE", 0.1)
+    monkeypatch.setattr(rendezvous, "resolve", lambda host: "127.0.1.1")
+    monkeypatch.setattr(
+        "socket.create_connection", lambda *_, **__: (_ for _ in ()).throw(ConnectionRefusedError(111, "refused"))
+    )
+    with pytest.raises(LaunchError, match=r"node1 port 5 \(node1 leads to 127.0.1.1 here, which is this host itself"):
+        meet("node1", 5, process=1, processes=2, timeout=0.5)
+    assert "node1 leads to 127.0.1.1" in capsys.readouterr().err
 
 
 def test_something_else_listens():

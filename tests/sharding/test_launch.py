@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import signal
@@ -197,6 +198,90 @@ def test_other_launchers_must_be_installed(monkeypatch):
             launch(Job(command=["true"], ranks=2, backend=backend))
 
 
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+    """stand_in(program, hosts, variables): a launcher that starts sharding.probe on hosts as Open MPI or Slurm does, and nothing else.
+    variables: of each process, a format of its number and their count. script: what it does before that."""
+
+    def make(program: str, hosts: int, variables: dict[str, str], script: str = "") -> None:
+        rank = " ".join(f'{name}="{value.format(n="$i", of=hosts)}"' for name, value in variables.items())
+        lines = [
+            "#!/bin/sh",
+            '[ "$1" = --version ] && { echo "mpirun (Open MPI) 4.1.4"; exit; }',
+            'while [ "$1" != -x ] && [ -n "${1##--export*}" ]; do shift; done',
+            'while [ "$1" = -x ]; do export "$2"; shift 2; done',
+            '[ -z "${1##--export*}" ] && { for v in $(echo "$1" | tr "," " "); do export "${v##--export=}"; done 2>/dev/null; shift; }',
+            'case "$*" in *sharding.probe) ;; *) exit 0 ;; esac',
+            script,
+            f'pids=; for i in $(seq 0 {hosts - 1}); do env {rank} "$@" & pids="$pids $!"; done',
+            # the first that fails ends the others, as both launchers do
+            "for pid in $pids; do wait $pid || { kill $pids; exit 1; }; done 2>/dev/null",
+        ]
+        path = tmp_path / program
+        path.write_text("\n".join(lines))
+        path.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+
+    return make
+
+
+MPI = {"OMPI_COMM_WORLD_SIZE": "{of}", "OMPI_COMM_WORLD_RANK": "{n}"}
+MPI |= {"OMPI_COMM_WORLD_LOCAL_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+NODES = {"SLURM_STEP_NUM_TASKS": "{of}", "SLURM_PROCID": "{n}", "SLURM_LOCALID": "0", "SLURM_STEP_NUM_NODES": "{of}"}
+NODES |= {"SLURM_STEP_NODELIST": "localhost,127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "1(x2)", "SLURM_NODEID": "{n}"}
+HOSTS = [Host("localhost", 1), Host("127.0.0.1", 1)]
+
+
+@pytest.mark.parametrize(("backend", "program", "variables"), [("mpi", "mpirun", MPI), ("slurm", "srun", NODES)])
+def test_hosts_of_other_launchers_meet_before_the_start(stand_in, monkeypatch, backend, program, variables):
+    """Within ten seconds a message, before anything is started: a port that is taken, a coordinator that does not come, another count."""
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    job = Job(command=["true"], hosts=HOSTS, backend=backend, port=free_port())
+    stand_in(program, 2, variables)
+    assert launch(job) == 0
+    began = time.monotonic()
+    # another host's port cannot be looked at from here; there process 0 says it
+    monkeypatch.setattr("sharding.launch.is_local", lambda name: False)
+    monkeypatch.setattr("sharding.launch.coordinator_host", lambda places: "127.0.0.1")
+    with listen(0) as server:
+        port = server.getsockname()[1]
+        with pytest.raises(LaunchError, match=rf"cannot listen on port {port} of .*: it is taken"):
+            launch(dataclasses.replace(job, port=port))
+    absent = {name: value.replace("{n}", "$((i + 1))").replace("{of}", "3") for name, value in variables.items()}
+    stand_in(program, 2, absent)
+    with pytest.raises(LaunchError, match=r"process \d of 3 found no coordinator, process 0, at 127.0.0.1 port \d+ within 6 s"):
+        launch(job)
+    assert time.monotonic() - began < 20  # of two launches
+    stand_in(program, 2, {**variables, "JAXINFER_PROCESSES": "5"})
+    with pytest.raises(LaunchError, match="has started 2 processes, JAXINFER_PROCESSES says 5"):
+        launch(job)
+    stand_in(program, 2, variables, script="echo what went wrong; exit 9")
+    with pytest.raises(LaunchError, match=f"{program} ended with status 9: what went wrong"):
+        launch(job)
+
+
+def test_ports_of_other_launchers(stand_in):
+    stand_in("mpirun", 1, {})
+    with listen(0) as server, pytest.raises(LaunchError, match="it is taken"):
+        launch(Job(command=["true"], ranks=2, backend="mpi", port=server.getsockname()[1]))
+    stand_in("srun", 1, {})
+    with pytest.raises(LaunchError, match="nobody knows whose port 77 is"):
+        launch(Job(command=["true"], ranks=2, backend="slurm", port=77))
+
+
+def test_more_ranks_than_slurm_has_room_for(tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    script = tmp_path / "srun"
+    script.write_text(
+        '#!/bin/sh\n[ "$1 $2 $3" = "--test-only -n 99" ] && { echo "allocation failure: not available" >&2; exit 1; }\nexit 0\n'
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    with pytest.raises(LaunchError, match="Slurm cannot start 99 ranks: allocation failure: not available; start as many"):
+        launch(Job(command=["true"], ranks=99, backend="slurm"))
+    assert launch(Job(command=["true"], ranks=2, backend="slurm")) == 0
+
+
 def test_a_port_is_free():
     listen(free_port()).close()
 
@@ -217,7 +302,12 @@ SAID = [
         ],
         "rank 0 .*Aborted",
     ),
-    ("srun", [], "a rank, which one is not said"),
+    ("srun", ["2: it went wrong"], "a rank, which one is not said"),
+    (
+        "srun",
+        ["srun: error: Unable to allocate resources"],
+        r"srun failed before any of 4 ranks .* 1, (.|\n)*\| srun: error: Unable",
+    ),
 ]
 
 
@@ -225,7 +315,9 @@ SAID = [
 def test_what_other_launchers_say_of_a_failure(tmp_path, monkeypatch, capfd, program, lines, who):
     """A stand-in for the launcher prints these lines and fails."""
     script = tmp_path / program
-    script.write_text('#!/bin/sh\n[ "$1" = --version ] && { echo "mpirun (Open MPI) 5.0.11"; exit; }\n')
+    script.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && { echo "mpirun (Open MPI) 5.0.11"; exit; }\n[ "$1" = --test-only ] && exit\n'
+    )
     with script.open("a") as file:
         file.writelines(f"echo '{line}' >&2\n" for line in lines)
         file.write("exit 1\n")
