@@ -14,6 +14,7 @@ from typing import Any
 
 import golden_weights
 import pytest
+from small_families import greedy_ids
 from tiny_llama import PROMPTS, tokens_of
 
 import jaxinfer
@@ -35,13 +36,18 @@ def launched(folder: Path, ranks: int, sizes: dict[str, int], **job: Any) -> sub
     return launch("--nproc", str(ranks), str(Path(__file__).with_name("launched.py")), json.dumps(job))
 
 
-def check(done: subprocess.CompletedProcess[str], engine, ranks: int) -> None:
-    """Every rank has what one process says."""
+def same_answer(done: subprocess.CompletedProcess[str], ranks: int) -> Any:
+    """The JSON that each rank has said."""
     assert done.returncode == 0, done.stderr
     answers = [json.loads(done.stdout)]
-    answers += [json.loads(line.partition("] ")[2]) for line in done.stderr.splitlines() if re.match(r"\[\d+\] \{", line)]
+    answers += [json.loads(line.partition("] ")[2]) for line in done.stderr.splitlines() if re.match(r"\[\d+\] [{\[]", line)]
     assert len(answers) == ranks and all(answer == answers[0] for answer in answers), done.stderr
-    [answer] = answers[:1]
+    return answers[0]
+
+
+def check(done: subprocess.CompletedProcess[str], engine, ranks: int) -> None:
+    """Every rank has what one process says."""
+    answer = same_answer(done, ranks)
     expected = tokens_of(engine.generate(PROMPTS[:3], SamplingParams(max_tokens=8)))
     assert answer["all"] == answer["first"] == expected
     assert answer["sampled"] == tokens_of(engine.generate(PROMPTS[:3], SamplingParams(max_tokens=8, temperature=1.0, seed=3)))
@@ -65,6 +71,35 @@ def test_two_processes_say_what_one_does(tiny, engine):
 )
 def test_more_processes_say_what_one_does(tiny, engine, ranks, sizes):
     check(launched(tiny.folder, ranks, sizes), engine, ranks)
+
+
+OVER_PROCESSES: dict[int, list[tuple[str, dict[str, int]]]] = {
+    2: [("llama", {"stage": 2}), ("gpt2", {"tensor": 2}), ("gemma2", {"stage": 2}), ("mixtral", {"expert": 2})],
+    4: [
+        ("llama", {"tensor": 4}),
+        ("gpt2", {"stage": 2, "data": 2}),
+        ("gemma2", {"tensor": 2, "stage": 2}),
+        ("mixtral", {"tensor": 2, "expert": 2}),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", OVER_PROCESSES)
+def test_every_family_on_several_processes(ranks, smollm2_gguf):
+    """The ids of one device; the real model, on 2 stages of 2 tensor shards, says what transformers does."""
+    job: dict[str, Any] = {"meshes": OVER_PROCESSES[ranks]}
+    real = json.loads((golden_weights.GOLDEN / "smollm2.json").read_text())["prompts"]["english"]
+    if ranks == 4:
+        sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}
+        job["gguf"] = str(smollm2_gguf), real["prompt"], 24, sizes
+    script = str(Path(__file__).with_name("launched_families.py"))
+    found = same_answer(launch("--nproc", str(ranks), script, json.dumps(job), timeout=400), ranks)
+    for (family, sizes), ids in zip(OVER_PROCESSES[ranks], found, strict=False):
+        assert ids == greedy_ids(family), f"{family} on {sizes}"
+    if ranks == 4:
+        step = golden_weights.first_difference(found[-1], real["ids"][:24], real["gaps"][:24], real["runner_up"][:24])
+        assert step is None and len(found) == 5, f"step {step}: {found[-1]}"
 
 
 @pytest.mark.full
