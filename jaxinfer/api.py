@@ -18,10 +18,10 @@ from jaxinfer.config import CACHE_DTYPES, EngineConfig, QuantizationConfig
 from jaxinfer.engine import Engine, Prompt
 from jaxinfer.errors import BackendError, ConfigError
 from jaxinfer.loading import DEMO, open_source
-from jaxinfer.memory import MemoryPlan, check_positions, explained, plan_memory
+from jaxinfer.memory import MemoryPlan, check_positions, explained, fitting_plan
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder
-from jaxinfer.placement import Plan, Readable, make_plan, module_tensors, place, placed_shapes
+from jaxinfer.placement import Plan, Readable, module_tensors, place, placed_shapes
 from jaxinfer.quantization import attending
 from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams
@@ -65,7 +65,8 @@ def init_inference(
     if expect is not None:
         engine.prepare(*expect)
     with explained(opened.memory):
-        engine.provide(place(opened.tensors, opened.mesh, config=opened.model, progress=progress).weights)
+        placed = place(opened.tensors, opened.mesh, config=opened.model, plan=opened.plan, progress=progress)
+        engine.provide(placed.weights)
     return engine
 
 
@@ -78,6 +79,7 @@ class Opened:
     mesh: Mesh
     tensors: Mapping[str, Readable]
     model: ModelConfig
+    plan: Plan
     memory: MemoryPlan
     path: Path | None = None
     tokenizer: Tokenizer | None = None
@@ -85,7 +87,7 @@ class Opened:
 
     def engine(self) -> Engine:
         """An engine without weights yet, see Engine.provide."""
-        shapes = placed_shapes(self.tensors, self.mesh, config=self.model)
+        shapes = placed_shapes(self.tensors, self.mesh, config=self.model, plan=self.plan)
         return Engine(shapes, self.config, self.tokenizer, eos_ids=self.eos_ids, memory_plan=self.memory)
 
 
@@ -127,9 +129,16 @@ def open_model(
         model_config = attending(opened.config, config.quantization)
         tokenizer, eos_ids, path = tokenizer or _tokenizer(opened.assets), _eos_ids(opened.assets), opened.path
     check_positions(model_config, "inference_max_tokens", config.inference_max_tokens)
-    memory = plan_memory(tensors, mesh, make_plan(model_config, mesh), config)
+    plan, memory = fitting_plan(tensors, mesh, model_config, config)
     config = dataclasses.replace(config, micro_batch_size=memory.micro_batch_size)
-    parts: dict[str, Any] = {"mesh": mesh, "tensors": tensors, "model": model_config, "memory": memory, "path": path}
+    parts: dict[str, Any] = {
+        "mesh": mesh,
+        "tensors": tensors,
+        "model": model_config,
+        "plan": plan,
+        "memory": memory,
+        "path": path,
+    }
     return Opened(config=config, tokenizer=tokenizer, eos_ids=eos_ids, **parts)
 
 

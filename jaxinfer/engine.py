@@ -385,9 +385,9 @@ class Engine:
         """
         config = self.plan.config
         tensors = parameter_tensors(model, config)
-        replacing.check_alike(tensors, self.mesh, config, self.params)
+        replacing.check_alike(tensors, self.mesh, self.plan, self.params)
         if free_bytes(self.mesh) >= bytes_on_a_device(self.params):
-            new = place(tensors, self.mesh, config=config).weights
+            new = place(tensors, self.mesh, config=config, plan=self.plan).weights
             with self._scheduler.paused():
                 self._params = new
             return
@@ -395,7 +395,7 @@ class Engine:
             with self._scheduler.paused(), explained(self.memory_plan):
                 layers: list[LayerWeights | None] = [*self.params.layers]
                 self._params = None
-                self._params = replacing.replaced(tensors, self.mesh, config, layers)
+                self._params = replacing.replaced(tensors, self.mesh, self.plan, layers)
         except BaseException:
             self.close()  # some of its layers are gone
             raise
@@ -408,7 +408,8 @@ class Engine:
         layer_seconds: Sequence[float] | None = None,
         measure: bool = False,
     ) -> StageReport:
-        """Which layers each stage of the pipeline has, what a decode tick of theirs costs, and how far the stages differ.
+        """Which layers each stage of the pipeline has, what a decode tick of theirs costs, how far the stages differ, and what memory they
+        take.
 
         context: cached tokens of a sequence, inference_max_tokens by default. batch: sequences of a tick, micro_batch_size by default.
         layer_seconds: measured times of all layers, to be compared instead of the counted bytes. measure: take the time of every stage's
@@ -432,6 +433,7 @@ class Engine:
             item=np.dtype(kept).itemsize,
             layer_seconds=layer_seconds,
             seconds=seconds,
+            memory=self.memory_plan,
         )
 
     def memory_report(self) -> MemoryReport:

@@ -22,7 +22,7 @@ from jaxinfer.errors import ConfigError, MemoryPlanError, OutOfMemoryError
 from jaxinfer.generation import empty_state
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import parameters
-from jaxinfer.placement import InMemory, Plan, Readable, _Placer
+from jaxinfer.placement import InMemory, Plan, Readable, _Placer, plans
 from pallas_kernels import gpus
 from pallas_kernels.layer_cache import cache_dtype, token_bytes
 from pallas_kernels.qtensor import QTensor
@@ -347,9 +347,31 @@ def plan_memory(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, config:
         memory = of(config.micro_batch_size)
     if memory.needed > memory.allowed:
         raise MemoryPlanError(
-            f"{memory.summary()} per device, memory_fraction allows {config.memory_fraction:.0%}; {memory.advice()}"
+            f"{memory.summary()} per device{_held(plan)}, memory_fraction allows {config.memory_fraction:.0%}; {memory.advice()}"
         )
     return memory
+
+
+def _held(plan: Plan) -> str:
+    """Which layers a device of a pipeline has room for: those of the fullest stage, whichever it is of."""
+    if len(plan.counts) == 1:
+        return ""
+    return f", each of which holds {plan.slots} of {plan.config.layers} layers: the {len(plan.counts)} stages have {list(plan.counts)}"
+
+
+def fitting_plan(
+    tensors: Mapping[str, Readable], mesh: Mesh, model: ModelConfig, config: EngineConfig
+) -> tuple[Plan, MemoryPlan]:
+    """The fastest way to lay a model on a mesh that fits into memory, and what it takes. Raises as `plan_memory`, of the smallest way,
+    where none fits."""
+    refused: MemoryPlanError | None = None
+    for plan in plans(model, mesh):
+        try:
+            return plan, plan_memory(tensors, mesh, plan, config)
+        except MemoryPlanError as error:
+            refused = error
+    assert refused is not None, "there is a plan, or an error of its own"
+    raise refused
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ Each process reads and places the slices of its own devices only.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -33,15 +33,15 @@ from jaxinfer.models.decoder import (
     layer_spec,
     parameters,
 )
-from pallas_kernels import qtensor
+from pallas_kernels import gpus, qtensor
 from pallas_kernels.qtensor import QTensor
-from sharding.balance import SlotPlan, partition, slot_plan
+from sharding.balance import SlotPlan, partition, slot_plan, stage_plans
 from sharding.context import ParallelContext
 from sharding.costs import LayerShape
 from sharding.errors import MeshError
 from sharding.mesh import check_mesh
 from sharding.partition import HeadSplit, Units, gather, split_even, split_experts, split_heads
-from sharding.rules import EXPERT, STAGE, TENSOR_AXES, spec
+from sharding.rules import EXPERT, MESH_AXES, STAGE, TENSOR_AXES, spec
 
 
 class Readable(Protocol):
@@ -87,7 +87,7 @@ class Plan:
     """How a model lies on a mesh: hashable, so that compiled programs can be keyed by it.
 
     counts: layers per stage. heads: which heads each tensor shard holds. context: how the program reaches its collectives. experts: those
-    that each expert shard holds, see MoESpec.
+    that each expert shard holds, see MoESpec. speeds: of each stage's devices beside the others', () where they are alike.
     """
 
     config: ModelConfig
@@ -95,6 +95,7 @@ class Plan:
     heads: HeadSplit
     context: ParallelContext
     experts: tuple[tuple[int, ...], ...] = ()
+    speeds: tuple[float, ...] = ()
 
     @functools.cached_property
     def slot_plan(self) -> SlotPlan:
@@ -116,10 +117,18 @@ class Plan:
         return tuple(tuple(slot in places for slot in range(self.slots)) for places in self.slot_plan.places)
 
     @property
+    def jumped(self) -> tuple[bool, ...]:
+        """For each slot, whether stages jump over it where they have no layer in it. () for none: a stage that has a layer in every slot
+        and devices as fast as any sets the pace, and a conditional costs more than running an empty slot beside it."""
+        if not self.speeds and max(self.counts) == self.slots:
+            return ()
+        return tuple(not all(used) for used in zip(*self.used, strict=True))
+
+    @property
     def layer_spec(self) -> LayerSpec:
         stages = range(len(self.counts))
         slots = [[self.layer(s, i) or 0 for s in stages] for i in range(self.slots)]  # an empty slot's result is not used
-        return layer_spec(self.config, self.heads, slots, self.experts)
+        return layer_spec(self.config, self.heads, slots, self.experts, self.jumped)
 
     @property
     def cache_heads(self) -> int:
@@ -156,30 +165,64 @@ def layer_shapes(config: ModelConfig) -> list[LayerShape]:
     return [dataclasses.replace(shapes[config.kind(i)], window=window) for i, window in enumerate(windows)]
 
 
-def make_plan(config: ModelConfig, mesh: Mesh) -> Plan:
-    """Layers in order over the stages: as few slots as can be, which every stage has; then the shortest longest stage, by the bytes that a
-    decode step moves; what is equal goes to earlier stages.
+def stage_speeds(mesh: Mesh) -> tuple[float, ...]:
+    """Of each stage's slowest device, by the memory bandwidth on its data sheet, relative to the fastest stage; () where all are of one
+    kind, and for devices that have no data sheet, such as CPUs."""
+    stages = np.moveaxis(mesh.devices, MESH_AXES.index(STAGE), 0).reshape(mesh.shape[STAGE], -1)
+    known = {gpu.device_kind: gpu.bandwidth for gpu in gpus.KNOWN.values()}
+    found = {device.device_kind for device in mesh.devices.flat}
+    if len(found) == 1 or not found <= known.keys():
+        return ()
+    slowest = [min(known[device.device_kind] for device in stage) for stage in stages]
+    return tuple(speed / max(slowest) for speed in slowest) if len(set(slowest)) > 1 else ()
 
-    Raises MeshError for a mesh with other axes, for more stages than layers, and for an expert axis over a model without experts.
-    """
+
+def plans(config: ModelConfig, mesh: Mesh, *, speeds: Sequence[float] | None = None) -> Iterator[Plan]:
+    """Ways to lay a model on a mesh, from the fastest to the one that takes least memory, each made when it is asked for; arguments and
+    errors as of `make_plan`."""
     check_mesh(mesh)
     stages, expert = mesh.shape[STAGE], mesh.shape[EXPERT]
     if expert > 1 and config.moe is None:
         raise MeshError(f"an expert axis of {expert} for a model without experts; use a data axis instead")
     if stages > config.layers:
         raise MeshError(f"{stages} pipeline stages for {config.layers} layers; use at most one stage a layer")
+    own = stage_speeds(mesh) if speeds is None else _relative(speeds, stages)
     batch, context = BALANCED_FOR
-    context = min(context, config.max_positions)
-    costs = [shape.decode(batch=batch, context=context).moved for shape in layer_shapes(config)]
+    shapes, context = layer_shapes(config), min(context, config.max_positions)
+    costs = [shape.decode(batch=batch, context=context).moved for shape in shapes]
+    kinds = [config.kind(i) for i in range(config.layers)]
+    sizes: dict[Hashable, float] = {kind: float(shapes[kinds.index(kind)].parameters) for kind in dict.fromkeys(kinds)}
     tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
     a = config.attention
-    return Plan(
+    plan = functools.partial(
+        Plan,
         config=config,
-        counts=partition(costs, stages, most=-(-config.layers // stages)).counts,
         heads=split_heads(a.heads, a.kv_heads, tensor),
         context=ParallelContext.from_mesh(mesh),
         experts=split_experts(config.moe.experts, expert) if config.moe and expert > 1 else (),
+        speeds=own,
     )
+    if not own and len(sizes) == 1:  # an empty slot costs what a layer costs, so that the fewest slots are also the fastest
+        yield plan(counts=partition(costs, stages, most=-(-config.layers // stages)).counts)
+        return
+    for found in stage_plans(costs, kinds, sizes, stages, speeds=own or None):
+        yield plan(counts=found.counts)
+
+
+def _relative(speeds: Sequence[float], stages: int) -> tuple[float, ...]:
+    if len(speeds) != stages or not all(0 < speed < math.inf for speed in speeds):
+        raise MeshError(f"speeds are {list(speeds)} for {stages} pipeline stages; give each a number above 0")
+    return tuple(float(speed) / max(speeds) for speed in speeds) if len(set(speeds)) > 1 else ()
+
+
+def make_plan(config: ModelConfig, mesh: Mesh, *, speeds: Sequence[float] | None = None) -> Plan:
+    """Layers in order over the stages, for the shortest longest stage by the bytes that a decode step moves over the speed of its devices,
+    and of such plans the one with the fewest layer slots, which every device has; what is equal goes to earlier stages.
+
+    speeds: of each stage's devices, in any unit; by default what their data sheets say. Raises MeshError for a mesh with other axes, for
+    more stages than layers, another number of speeds, and an expert axis over a model without experts.
+    """
+    return next(plans(config, mesh, speeds=speeds))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -218,12 +261,14 @@ def place(
     mesh: Mesh,
     *,
     config: ModelConfig | None = None,
+    plan: Plan | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Placed:
     """Put a model on a mesh.
 
-    source: a Decoder, or a mapping of every module path to a tensor that can be read in pieces, with its config.
-    progress(done, total, name): called per tensor that was read, counting tensors. Raises MeshError for a mesh that does not fit.
+    source: a Decoder, or a mapping of every module path to a tensor that can be read in pieces, with its config. plan: of `make_plan` for
+    this model and mesh, by default what it gives. progress(done, total, name): called per tensor that was read, counting tensors. Raises
+    MeshError for a mesh that does not fit.
     """
     if isinstance(source, Decoder):
         tensors: Mapping[str, Readable] = module_tensors(source)
@@ -232,12 +277,12 @@ def place(
         tensors = source
     if config is None:
         raise TypeError("place() needs the config of a mapping of tensors")
-    return _Placer(tensors, mesh, make_plan(config, mesh), progress).run()
+    return _Placer(tensors, mesh, plan or make_plan(config, mesh), progress).run()
 
 
-def placed_shapes(tensors: Mapping[str, Readable], mesh: Mesh, *, config: ModelConfig) -> Placed:
+def placed_shapes(tensors: Mapping[str, Readable], mesh: Mesh, *, config: ModelConfig, plan: Plan | None = None) -> Placed:
     """What `place` will give, with a ShapeDtypeStruct in place of every array: known before a weight is read."""
-    return _Shapes(tensors, mesh, make_plan(config, mesh), None).run()
+    return _Shapes(tensors, mesh, plan or make_plan(config, mesh), None).run()
 
 
 class _Placer:

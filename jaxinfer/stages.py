@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.generation import empty_state
+from jaxinfer.memory import MemoryPlan
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import DecoderWeights, cached_layers
 from jaxinfer.placement import Plan, layer_shapes
@@ -27,23 +28,33 @@ from sharding.rules import MESH_AXES, ROW_AXES, STAGE, TENSOR_AXES
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Stage:
     """layers: their numbers. flops, moved: operations, and bytes of weights and cache, of one decode tick, over all of the stage's tensor
-    shards. nbytes: of the layers' weights, likewise. seconds: of its layers, where they were measured."""
+    shards. nbytes: of the layers' weights, likewise. speed: of its devices, beside that of the fastest stage. seconds: of its layers, where
+    they were measured."""
 
     layers: tuple[int, ...]
     flops: float
     moved: float
     nbytes: int
+    speed: float = 1.0
     seconds: float | None = None
+
+    @property
+    def load(self) -> float:
+        """How long a tick of it takes: its seconds, or the bytes that a device of the fastest stage would move in the time."""
+        return self.moved / self.speed if self.seconds is None else self.seconds
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageReport:
     """slots: layers that every stage has room for. held: bytes of the slots' weights on each stage, empty ones included. spread: how much
-    longer the longest stage is than the mean, by its seconds or by what it moves."""
+    longer the longest stage is than the mean, by its seconds or by what it moves at its speed. needed, allowed: bytes that each device is
+    to hold of weights, cache and temporary arrays, and that it may; None where no memory was planned."""
 
     stages: tuple[Stage, ...]
     slots: int
     held: int
+    needed: int | None = None
+    allowed: int | None = None
 
     @property
     def waste(self) -> float:
@@ -52,7 +63,7 @@ class StageReport:
 
     @property
     def spread(self) -> float:
-        loads = [stage.moved if stage.seconds is None else stage.seconds for stage in self.stages]
+        loads = [stage.load for stage in self.stages]
         return max(loads) * len(loads) / sum(loads) - 1
 
     def to_dict(self) -> dict[str, Any]:
@@ -61,15 +72,21 @@ class StageReport:
 
     def __str__(self) -> str:
         """A table."""
-        measured = self.stages[0].seconds is not None
-        rows = [("stage", "layers", "GFLOP", "MB moved", "MB weights", *(("ms",) if measured else ()))]
+        measured, uneven = self.stages[0].seconds is not None, len({stage.speed for stage in self.stages}) > 1
+        more = (*(("speed",) if uneven else ()), *(("ms",) if measured else ()))
+        rows = [["stage", "layers", "GFLOP", "MB moved", "MB weights", *more]]
         for number, stage in enumerate(self.stages):
             layers = f"{stage.layers[0]}-{stage.layers[-1]}"
-            row = (str(number), layers, f"{stage.flops / 1e9:.4g}", f"{stage.moved / 1e6:.4g}", f"{stage.nbytes / 1e6:.4g}")
-            rows.append((*row, f"{stage.seconds * 1e3:.4g}") if stage.seconds is not None else row)
+            row = [str(number), layers, f"{stage.flops / 1e9:.4g}", f"{stage.moved / 1e6:.4g}", f"{stage.nbytes / 1e6:.4g}"]
+            row += [f"{stage.speed:.3g}"] if uneven else []
+            row += [] if stage.seconds is None else [f"{stage.seconds * 1e3:.4g}"]
+            rows.append(row)
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([*lines, f"spread {self.spread:.1%}, empty slots {self.waste:.1%}"])
+        shares = f"spread {self.spread:.1%}, empty slots {self.waste:.1%}, {self.held / 1e6:.4g} MB of slots on each stage"
+        if self.needed is not None and self.allowed is not None:
+            shares += f"; each device needs {self.needed / 1e6:.4g} of {self.allowed / 1e6:.4g} MB"
+        return "\n".join([*lines, shares])
 
 
 def stage_report(
@@ -81,9 +98,11 @@ def stage_report(
     item: float,
     layer_seconds: Sequence[float] | None = None,
     seconds: Sequence[float] | None = None,
+    memory: MemoryPlan | None = None,
 ) -> StageReport:
     """Of a decode tick of `batch` sequences with `context` cached tokens. item: bytes of a number in the cache. layer_seconds: measured, of
-    every layer; seconds: of every stage instead, see `stage_seconds`. Raises ConfigError for another number of them."""
+    every layer; seconds: of every stage instead, see `stage_seconds`. memory: of the engine. Raises ConfigError for another number of
+    them."""
     shapes, stages = layer_shapes(plan.config), len(plan.counts)
     if layer_seconds is not None and len(layer_seconds) != len(shapes):
         raise ConfigError(f"{len(layer_seconds)} measured times for {len(shapes)} layers; give one a layer")
@@ -98,8 +117,10 @@ def stage_report(
         cost: Cost = total(costs)
         taken = None if layer_seconds is None else sum(layer_seconds[i] for i in layers)
         taken = taken if seconds is None else seconds[stage]
-        found.append(Stage(layers=tuple(layers), flops=cost.flops, moved=cost.moved, nbytes=nbytes, seconds=taken))
-    return StageReport(stages=tuple(found), slots=plan.slots, held=sum(slots))
+        speed = plan.speeds[stage] if plan.speeds else 1.0
+        found.append(Stage(layers=tuple(layers), flops=cost.flops, moved=cost.moved, nbytes=nbytes, speed=speed, seconds=taken))
+    needed, allowed = (memory.needed, memory.allowed) if memory else (None, None)
+    return StageReport(stages=tuple(found), slots=plan.slots, held=sum(slots), needed=needed, allowed=allowed)
 
 
 def stage_seconds(
@@ -149,7 +170,12 @@ def _alone(plan: Plan, mesh: Mesh, weights: DecoderWeights, stage: int, *, batch
     devices = Mesh(mesh.devices[:, stage : stage + 1], MESH_AXES)
     config = _part(plan.config, sum(plan.counts[:stage]), plan.counts[stage])
     own = dataclasses.replace(
-        plan, config=config, counts=(config.layers,), context=ParallelContext.from_mesh(devices), experts=plan.experts
+        plan,
+        config=config,
+        counts=(config.layers,),
+        speeds=(),
+        context=ParallelContext.from_mesh(devices),
+        experts=plan.experts,
     )
 
     def here(array: jax.Array) -> jax.Array:

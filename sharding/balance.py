@@ -2,12 +2,14 @@
 
 A tick lasts as long as the longest stage, so that is minimised first; then the bytes of the largest stage, since every device has the
 shapes of the largest; then the sum of squares of the loads, which makes the others alike; what is still equal goes to earlier stages.
+`partition` takes a limit of memory for each stage by itself, `stage_plans` takes slots: every device has all of them.
 """
 
+import collections
 import dataclasses
 import itertools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 from sharding.errors import MeshError
 
@@ -41,13 +43,15 @@ def partition(
     speeds: Sequence[float] | None = None,
     first: float = 0.0,
     last: float = 0.0,
-    most: int | None = None,
+    most: int | Mapping[Hashable, int] | None = None,
+    kinds: Sequence[Hashable] | None = None,
 ) -> Partition:
     """The layers in order over the stages, at least one each, with the shortest longest stage.
 
     costs: of each layer. nbytes: likewise, 0 by default. capacity: bytes of layers that a stage may hold, one for all or one each. speeds:
     of each stage's devices, 1 by default; a cost is divided by it. first, last: cost of what only the first and the last stage do. most:
-    layers of a stage, at most. Raises MeshError where no partition fits, ValueError for numbers that are none.
+    layers of a stage, at most; or of those of a kind, where `kinds` says of which each layer is. Raises MeshError where no partition fits,
+    ValueError for numbers that are none.
 
     stages * L^2 steps three times, for L layers.
     """
@@ -63,8 +67,8 @@ def partition(
         raise ValueError("costs and bytes are finite and not negative, speeds are above 0")
     if not 1 <= stages <= L:
         raise MeshError(f"{stages} pipeline stages for {L} layers; use at most one stage a layer")
-    most = L if most is None else most
     cost_sums, size_sums = _sums(costs), _sums(size)
+    limits = _limits(most, kinds, L)
 
     def load(s: int, i: int, j: int) -> float:
         ends = (first if s == 0 else 0.0) + (last if s == stages - 1 else 0.0)
@@ -74,13 +78,13 @@ def partition(
         return size_sums[j] - size_sums[i]
 
     def fits(s: int, i: int, j: int) -> bool:
-        return j - i <= most and held(i, j) <= room[s] * (1 + _EQUAL)
+        return held(i, j) <= room[s] * (1 + _EQUAL) and all(sums[j] - sums[i] <= limit for sums, limit in limits)
 
     longest = _best(L, stages, lambda s, i, j: load(s, i, j) if fits(s, i, j) else math.inf, max)[0][0]
     if longest == math.inf:
         raise MeshError(
-            f"{L} layers of {held(0, L):.4g} bytes do not fit on {stages} stages of at most {most} layers and {max(room):.4g} bytes; "
-            "use more stages, fewer bits, or a larger tensor axis"
+            f"{L} layers of {held(0, L):.4g} bytes do not fit on {stages} stages of at most {L if most is None else most} layers and "
+            f"{max(room):.4g} bytes; use more stages, fewer bits, or a larger tensor axis"
         )
     short = longest * (1 + _EQUAL)
     within = lambda s, i, j: fits(s, i, j) and load(s, i, j) <= short
@@ -109,6 +113,19 @@ def _sums(values: Sequence[float]) -> list[float]:
     for value in values:
         out.append(out[-1] + value)
     return out
+
+
+def _limits(
+    most: int | Mapping[Hashable, int] | None, kinds: Sequence[Hashable] | None, L: int
+) -> list[tuple[list[float], int]]:
+    """Pairs of (how many layers before each one count, how many of a stage may count at most)."""
+    if most is None:
+        return []
+    if not isinstance(most, Mapping):
+        return [(_sums([1.0] * L), most)]
+    if kinds is None or len(kinds) != L:
+        raise ValueError(f"limits for kinds of layers, and {0 if kinds is None else len(kinds)} kinds for {L} layers")
+    return [(_sums([float(own == kind) for own in kinds]), limit) for kind, limit in most.items()]
 
 
 def _best(L: int, stages: int, price, join) -> list[list[float]]:
@@ -207,3 +224,79 @@ def _majority(runs: Sequence[tuple]) -> tuple[Hashable, ...]:
         out.append(kind)
         at = _step(runs, at, kind)
     return tuple(out)
+
+
+# --- stages that every device has the slots of
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """counts: layers of each stage. loads: their cost over the stage's speed. slots: see SlotPlan. nbytes: of all slots, which every device
+    has, whichever stage it is of."""
+
+    counts: tuple[int, ...]
+    loads: tuple[float, ...]
+    slots: SlotPlan
+    nbytes: float
+
+    @property
+    def longest(self) -> float:
+        return max(self.loads)
+
+
+def stage_plans(
+    costs: Sequence[float],
+    kinds: Sequence[Hashable],
+    nbytes: Mapping[Hashable, float],
+    stages: int,
+    *,
+    speeds: Sequence[float] | None = None,
+) -> Iterator[StagePlan]:
+    """From the shortest longest stage to the fewest bytes: no plan is both shorter and smaller than another, each is made when it is asked
+    for, and the first that fits into memory is the best one.
+
+    costs, kinds: of each layer. nbytes: of a slot of each kind. speeds: as of `partition`. Every device has every slot, so that a stage's
+    memory is that of all slots. Exact where each kind's layers are one run, such as dense ones before those with experts: then the slots
+    are the most layers of each kind that a stage has. Where kinds alternate, slots are counted by `slot_plan`, and a plan that is not found
+    may exist. Raises MeshError for more stages than layers.
+    """
+    found = _smallest(costs, kinds, nbytes, stages, speeds, math.inf)
+    while found is not None:
+        smaller = _smallest(costs, kinds, nbytes, stages, speeds, found.nbytes * (1 - _EQUAL) - _EQUAL)
+        if smaller is None or smaller.longest > found.longest * (1 + _EQUAL):
+            yield found
+        found = smaller
+
+
+def _smallest(costs, kinds, nbytes, stages: int, speeds, room: float) -> StagePlan | None:
+    """The shortest longest stage among plans whose slots take `room` at most, None where there is none."""
+    best: StagePlan | None = None
+    totals = collections.Counter(kinds)
+    (most_common, _), *others = totals.most_common()
+    least = {kind: -(-count // stages) for kind, count in totals.items()}
+    # with limits for all kinds but one the last one's follows; without a limit of memory none is needed
+    unlimited = room == math.inf
+    ranges = [range(least[kind], totals[kind] + 1) if not unlimited else (totals[kind],) for kind, _ in others]
+    for limits in itertools.product(*ranges):
+        most = dict(zip((kind for kind, _ in others), limits, strict=True))
+        left = room - sum(nbytes[kind] * limit for kind, limit in most.items())
+        size = nbytes[most_common]
+        most[most_common] = totals[most_common] if unlimited or size == 0 else min(totals[most_common], math.floor(left / size))
+        if left < 0 or most[most_common] < least[most_common]:
+            continue
+        # of equal stages the one with fewest bytes in its largest stage
+        sizes = [nbytes[kind] for kind in kinds]
+        try:
+            cut = partition(costs, stages, nbytes=sizes, speeds=speeds, most=most, kinds=kinds)
+        except MeshError:
+            if stages > len(costs):
+                raise
+            continue
+        slots = slot_plan(kinds, cut.counts)
+        plan = StagePlan(counts=cut.counts, loads=cut.loads, slots=slots, nbytes=sum(nbytes[kind] for kind in slots.slots))
+        if plan.nbytes > room:
+            continue
+        shorter = best is None or plan.longest < best.longest * (1 - _EQUAL)
+        if shorter or (best is not None and plan.longest <= best.longest * (1 + _EQUAL) and plan.nbytes < best.nbytes):
+            best = plan
+    return best

@@ -5,13 +5,14 @@ Shapes: B rows, T tokens, D embed, V vocab (of this shard where it is split), R 
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
 from jaxinfer.models.blocks import MLP, Attention, matrix, norm_scale, vector
 from jaxinfer.models.config import ModelConfig
@@ -69,7 +70,8 @@ class LayerSpec:
 
     moe: of layers that have experts, or None. heads: which heads each tensor shard holds, where there are several. windows: per layer slot
     the window of each stage's layer, or None for a model without. They are made operands of the layer, so that layers that differ in them
-    share its program.
+    share its program. jumped: per layer slot, whether stages that leave it empty jump over it; they run it on zeros otherwise, which costs
+    nothing where another stage has as much to do. () for none.
     """
 
     attention: AttentionSpec
@@ -77,6 +79,7 @@ class LayerSpec:
     moe: MoESpec | None = None
     heads: HeadSplit | None = None
     windows: tuple[tuple[int, ...], ...] | None = None
+    jumped: tuple[bool, ...] = ()
 
     def kept_in(self, cache_dtype) -> "LayerSpec":
         """The same layer, whose fresh keys and values go into a cache of this dtype; of bytes and nibbles, bfloat16 leaves enough."""
@@ -93,9 +96,10 @@ def layer_spec(
     heads: HeadSplit | None = None,
     slots: Sequence[Sequence[int]] | None = None,
     experts: tuple[tuple[int, ...], ...] = (),
+    jumped: tuple[bool, ...] = (),
 ) -> LayerSpec:
     """heads: which heads each tensor shard holds; all of them by default. slots: for each layer slot the layers that lie in it, one a
-    stage; by default every layer has its own. experts: those that each expert shard holds, see MoESpec."""
+    stage; by default every layer has its own. experts: those that each expert shard holds, see MoESpec. jumped: see LayerSpec."""
     a, m = config.attention, config.mlp
     windows, moe = None, None
     if config.windows:
@@ -118,6 +122,7 @@ def layer_spec(
         moe=moe,
         heads=heads if heads is not None and len(heads.kv) > 1 else None,
         windows=windows,
+        jumped=jumped,
     )
 
 
@@ -331,6 +336,22 @@ def slot_window(spec: LayerSpec, slot: int, ctx: ParallelContext):
     return jnp.int32(stages[0]) if len(set(stages)) == 1 else jnp.asarray(stages, jnp.int32)[ctx.stage_index()]
 
 
+def _in_slot(run: Callable, x, cache, slot: int, spec: LayerSpec, used):
+    """run(x, cache) -> (x, cache) of a slot's layer, where this stage has one there; x passes an empty slot as it is. cache: None where
+    run makes a fresh one, of an empty slot nothing is ever read."""
+    if used is None:
+        return run(x, cache)
+    if not spec.jumped or not spec.jumped[slot]:
+        y, cache = run(x, cache)
+        return jnp.where(used[slot], y, x), cache
+
+    def jump(x, cache):
+        made = jax.eval_shape(run, x, cache)[1] if cache is None else None
+        return x, cache if made is None else jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), made)
+
+    return lax.cond(used[slot], run, jump, x, cache)
+
+
 def prefill_layers(
     layers, x, lengths, config: ModelConfig, spec: LayerSpec, ctx: ParallelContext = ALONE, used=None
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
@@ -344,8 +365,12 @@ def prefill_layers(
     caches = []
     for i, weights in enumerate(layers):
         with jax.named_scope(f"layer_{i}"):
-            y, cache = layer(weights, x, None, angles, positions, None, slot_window(spec, i, ctx), spec=spec, ctx=ctx)
-            x = y if used is None else jnp.where(used[i], y, x)
+            window = slot_window(spec, i, ctx)
+
+            def run(x, cache, weights=weights, window=window):
+                return layer(weights, x, cache, angles, positions, None, window, spec=spec, ctx=ctx)
+
+            x, cache = _in_slot(run, x, None, i, spec, used)
             caches.append(cache)
     return x, tuple(caches)
 
@@ -363,7 +388,11 @@ def cached_layers(
     new = []
     for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
         with jax.named_scope(f"layer_{i}"):
-            y, cache = layer(weights, x, cache, angles, positions, rows, slot_window(spec, i, ctx), spec=spec, ctx=ctx)
-            x = y if used is None else jnp.where(used[i], y, x)
+            window = slot_window(spec, i, ctx)
+
+            def run(x, cache, weights=weights, window=window):
+                return layer(weights, x, cache, angles, positions, rows, window, spec=spec, ctx=ctx)
+
+            x, cache = _in_slot(run, x, cache, i, spec, used)
             new.append(cache)
     return x, tuple(new)

@@ -162,12 +162,16 @@ def test_memory_is_planned_as_it_is_placed() -> None:
 
 
 def test_slots_of_two_kinds() -> None:
-    """Dense layers first: a slot for those of the first stage, which the others leave empty."""
+    """Dense layers first, which move fewer bytes: slots for those of the first stage, which the other leaves empty."""
     moe = dataclasses.replace(CONFIG.moe, layers=(2, 3, 4, 5))
     plan = make_plan(dataclasses.replace(CONFIG, layers=6, moe=moe), make_mesh(stage=2))
-    assert plan.counts == (3, 3) and plan.kinds == ("dense", "dense", "moe", "moe", "moe")
-    assert plan.used == ((True, True, True, False, False), (False, False, True, True, True))
-    assert [plan.layer(1, slot) for slot in range(5)] == [None, None, 3, 4, 5]
+    assert plan.counts == (4, 2) and plan.kinds == ("dense", "dense", "moe", "moe")
+    assert plan.used == ((True, True, True, True), (False, False, True, True)) and plan.jumped == ()
+    assert [plan.layer(1, slot) for slot in range(4)] == [None, None, 4, 5]
+    # where no stage has a layer in every slot, each jumps over those that it has none in
+    alternating = dataclasses.replace(CONFIG, layers=4, moe=dataclasses.replace(CONFIG.moe, layers=(1, 3)))
+    parts = make_plan(alternating, make_mesh(stage=4))
+    assert parts.kinds == ("dense", "moe") and parts.jumped == (True, True)
 
 
 class _Named(LazyTensor):

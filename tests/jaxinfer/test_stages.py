@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -10,10 +12,13 @@ import pytest
 from tiny_llama import GREEDY, PROMPTS, tokens_of
 
 import jaxinfer
-from jaxinfer import SamplingParams, errors
+from jaxinfer import SamplingParams, errors, memory
 from jaxinfer.loading import open_source
-from jaxinfer.placement import make_plan, place
+from jaxinfer.memory import fitting_plan, plan_memory
+from jaxinfer.models import Decoder, MoEConfig
+from jaxinfer.placement import make_plan, module_tensors, place, plans, stage_speeds
 from jaxinfer.slots import COLLECTIVES
+from pallas_kernels import gpus
 from sharding.mesh import make_mesh
 
 
@@ -57,6 +62,50 @@ def test_windows_decide_where_layers_go(tiny):
     assert make_plan(config, mesh).counts == (3, 2)
     assert make_plan(dataclasses.replace(config, windows=(None, None, None, 16, 16)), mesh).counts == (2, 3)
     assert make_plan(dataclasses.replace(config, windows=(16, 16, None, None, None)), mesh).counts == (3, 2)
+
+
+def test_slower_devices_have_fewer_layers_and_jump_over_the_others_slots(tiny_decoder, greedy):
+    mesh = make_mesh(stage=2)
+    plan = make_plan(tiny_decoder.config, mesh, speeds=(3.0, 9.0))
+    assert plan.counts == (1, 2) and plan.speeds == (1 / 3, 1.0) and plan.jumped == (False, True)
+    engine = jaxinfer.Engine(
+        place(tiny_decoder, mesh, plan=plan), jaxinfer.EngineConfig(inference_max_tokens=64, micro_batch_size=4)
+    )
+    assert tokens_of(engine.generate(PROMPTS[:3], GREEDY)) == greedy[:3]
+    first, second = (report := engine.stage_report()).stages
+    assert first.speed == plan.speeds[0] and first.load == first.moved * 3 and second.load == second.moved
+    assert "speed" in str(report) and report.needed is None
+    assert make_plan(tiny_decoder.config, mesh, speeds=(2.0, 2.0)).speeds == ()
+    for wrong in ((1.0,), (1.0, 0.0)):
+        with pytest.raises(errors.MeshError, match="2 pipeline stages; give each a number above 0"):
+            make_plan(tiny_decoder.config, mesh, speeds=wrong)
+
+
+def test_speeds_are_those_of_the_data_sheets():
+    devices = [SimpleNamespace(device_kind=gpus.KNOWN[name].device_kind) for name in ("h100", "h100", "a100", "a100")]
+    mesh = lambda kinds: SimpleNamespace(shape={"stage": 2}, devices=np.array(kinds, object).reshape(1, 2, 1, 1, 2))
+    assert stage_speeds(mesh(devices)) == (1.0, pytest.approx(2.039 / 3.352))
+    assert stage_speeds(mesh(devices[:2] * 2)) == () == stage_speeds(make_mesh(stage=2))
+    other = [SimpleNamespace(device_kind="of a kind that nobody knows")]
+    assert stage_speeds(mesh(devices[:3] + other)) == ()
+
+
+def test_what_fits_is_taken_and_what_does_not_is_said_with_numbers(tiny_decoder, monkeypatch):
+    """Two stages of dense layers before such with experts: the shortest longest stage needs more slots than the smallest way."""
+    moe = MoEConfig(experts=2, used=1, width=96, normalise=True, layers=(4, 5))
+    config = dataclasses.replace(tiny_decoder.config, layers=6, moe=moe)
+    mesh, keys = make_mesh(stage=2), jaxinfer.EngineConfig(inference_max_tokens=64, micro_batch_size=1)
+    fast, *others = plans(config, mesh)
+    assert others and all(plan.slots < fast.slots for plan in others)
+    tensors = module_tensors(Decoder(config))
+    needed = [plan_memory(tensors, mesh, plan, keys).needed for plan in (fast, others[-1])]
+    for free, wanted in ((needed[0], fast), (needed[0] - 1, others[0]), (needed[1], others[-1])):
+        monkeypatch.setattr(memory, "free_bytes", lambda mesh, free=free: free / keys.memory_fraction + 1)
+        assert fitting_plan(tensors, mesh, config, keys)[0].counts == wanted.counts
+    monkeypatch.setattr(memory, "free_bytes", lambda mesh: needed[1] / 2)
+    held = f"each of which holds {others[-1].slots} of 6 layers: the 2 stages have {list(others[-1].counts)}"
+    with pytest.raises(errors.MemoryPlanError, match=re.escape(held)):
+        fitting_plan(tensors, mesh, config, keys)
 
 
 def test_preparing_waits_for_no_turn_of_the_devices(make_engine):

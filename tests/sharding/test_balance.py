@@ -9,7 +9,7 @@ import math
 import numpy as np
 import pytest
 
-from sharding.balance import partition, slot_plan
+from sharding.balance import partition, slot_plan, stage_plans
 from sharding.costs import H100, Cost, Device, Latent, LayerShape, head, total
 from sharding.errors import MeshError
 
@@ -113,6 +113,73 @@ def test_slots_of_many_stages():
     plan = slot_plan(kinds, counts)
     assert plan.slots == ("dense",) * 3 + ("moe",) * 4 and plan.waste == pytest.approx(1 - 61 / (7 * 15))
     assert slot_plan(["a"] * 64, [4] * 16).waste == 0 and slot_plan(["a"] * 64, [4] * 16).proven
+
+
+# --- stages that every device has the slots of
+
+
+def every_stage_plan(costs, kinds, nbytes, stages, speeds):
+    """(longest stage, bytes of the slots) of every partition."""
+    for runs in every_partition(len(costs), stages):
+        longest = max(sum(costs[i] for i in run) / speed for run, speed in zip(runs, speeds, strict=True))
+        slots = slot_plan(kinds, list(map(len, runs))).slots
+        yield longest, sum(nbytes[kind] for kind in slots)
+
+
+def test_stages_for_a_memory_and_speeds_against_brute_force():
+    """500 random instances with up to two kinds of layers: for every limit of memory the first plan that fits is the shortest of all that
+    do, of these the smallest, and where none is given none exists."""
+    rng, fronts, alternating = np.random.default_rng(10), 0, 0
+    for case in range(500):
+        layers = int(rng.integers(1, 10))
+        stages = int(rng.integers(1, min(layers, 4) + 1))
+        dense = int(rng.integers(0, layers + 1))
+        kinds, blocks = ["dense"] * dense + ["moe"] * (layers - dense), case % 5 > 0
+        if not blocks:
+            rng.shuffle(kinds)
+        nbytes = {"dense": int(rng.integers(1, 5)), "moe": int(rng.integers(1, 9))}
+        costs = rng.integers(1, 9, layers).tolist()
+        speeds = rng.choice([1, 2, 4], stages).tolist()
+        every = list(every_stage_plan(costs, kinds, nbytes, stages, speeds))
+        front = list(stage_plans(costs, kinds, nbytes, stages, speeds=speeds))
+        assert [plan.nbytes for plan in front] == sorted({plan.nbytes for plan in front}, reverse=True)
+        assert all(sum(plan.counts) == layers and (plan.longest, plan.nbytes) in every for plan in front)
+        fronts += len(front) > 1
+        for room in {nbytes for _, nbytes in every}:
+            best = min((longest, size) for longest, size in every if size <= room)
+            found = next((plan for plan in front if plan.nbytes <= room), None)
+            if blocks:
+                assert found is not None and (found.longest, found.nbytes) == pytest.approx(best)
+            elif found is None or (found.longest, found.nbytes) != pytest.approx(best):
+                alternating += 1  # what is given fits, if it is not the best
+        if blocks:
+            assert front[-1].nbytes == min(size for _, size in every)
+    assert fronts > 100 and alternating < 100
+
+
+def test_stages_of_large_models_for_devices_of_two_speeds():
+    """Half of the stages on H100s, half on A100s with less bandwidth: the longest stage is within 2 % of the mean of what the layers
+    allow, or none is shorter; and what fits into less memory takes longer."""
+    for layers in (BLOOM, LLAMA, MIXTRAL, DEEPSEEK):
+        costs = [layer.decode(batch=8, context=4096).moved for layer in layers]
+        kinds = [layer.kind for layer in layers]
+        nbytes = {layer.kind: 2.0 * layer.parameters for layer in layers}
+        speeds = [1.0] * 4 + [2.039 / 3.352] * 4
+        fastest, *smaller = itertools.islice(stage_plans(costs, kinds, nbytes, 8, speeds=speeds), 2)
+        lower = max(sum(costs) / sum(speeds), max(costs))
+        assert fastest.longest <= 1.02 * lower or no_shorter_at(costs, speeds, fastest.longest)
+        assert fastest.counts[0] > fastest.counts[-1]
+        assert all(plan.nbytes < fastest.nbytes and plan.longest > fastest.longest for plan in smaller)
+
+
+def no_shorter_at(costs, speeds, longest) -> bool:
+    """Whether stages of these speeds, filled in order as far as they go below this length, leave layers over: a proof."""
+    rest = list(costs)
+    for speed in speeds:
+        room = longest * (1 - 1e-6) * speed
+        while rest and rest[0] <= room:
+            room -= rest.pop(0)
+    return bool(rest)
 
 
 # --- models

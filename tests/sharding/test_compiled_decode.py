@@ -1,4 +1,4 @@
-"""The compiled decode program: exactly the collectives that are expected, and no copy of a weight or of the cache."""
+"""Compiled programs: exactly the collectives that are expected, in the loop and outside of it, and no copy of a weight or of the cache."""
 
 import dataclasses
 
@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from hlo import collectives, copies
+from hlo import collectives, copies, placed_collectives
+from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
-from jaxinfer.placement import Placed, place
+from jaxinfer.placement import Placed, make_plan, module_tensors, place, placed_shapes
 from jaxinfer.programs import STATE, Programs
+from jaxinfer.sampling import SamplingArrays
 from pallas_kernels.deviceless import topology_mesh
 from pallas_kernels.qtensor import round_to_nearest
 from pallas_kernels.uncached import without_compilation_cache
@@ -39,6 +41,9 @@ CAPPED = dataclasses.replace(
     windows=(4, None, 6),
     embed_scale=8.0,
     soft_cap=3.0,
+)
+WIDE = dataclasses.replace(  # 16 shards of two heads and one kv head
+    CONFIG, attention=dataclasses.replace(CONFIG.attention, heads=32, kv_heads=16), mlp=MLPConfig(width=512, activation="silu")
 )
 MIXED = dataclasses.replace(CONFIG, moe=MoEConfig(experts=5, used=2, width=96, normalise=True, layers=(1, 2)))
 LEARNED = dataclasses.replace(
@@ -78,10 +83,21 @@ def large_shapes(*trees) -> set[tuple[int, ...]]:
     return local | {shape[1:] for shape in local}
 
 
-def check(placed: Placed, text: str, state) -> None:
+def check(placed: Placed, text: str, state=None, program: str = "decode") -> None:
     ragged = placed.mesh.devices.flat[0].platform == "gpu"
-    assert collectives(text) == expected(placed.plan.config, placed.mesh, ragged=ragged, kinds=placed.plan.kinds).by_name()
-    assert copies(text, large_shapes(placed.weights, state.caches, state.history, state.sampling.edits)) == []
+    due = expected(placed.plan.config, placed.mesh, program=program, ragged=ragged, kinds=placed.plan.kinds)
+    assert placed_collectives(text) == (due.loop.by_name(), due.outside.by_name())
+    kept = () if state is None else (state.caches, state.history, state.sampling.edits)
+    assert copies(text, large_shapes(placed.weights, *kept)) == []
+
+
+def lowered_prefill(placed: Placed, rows: int, tokens: int = 16):
+    """The prefill program lowered for `rows` prompts."""
+    programs = Programs(placed, cache_dtype=jnp.float32)
+    sampling = jax.eval_shape(lambda: SamplingArrays.zeros((rows,)))
+    ids, lengths = jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
+    program = programs.prefill(0)
+    return program.lower(*program.abstract(placed.weights, ids, lengths, sampling))
 
 
 def test_an_int4_cache_on_cpu_devices():
@@ -101,6 +117,18 @@ def test_on_cpu_devices(stage, tensor, quantized):
     check(placed, program.compile().as_text(), state)
 
 
+def test_slots_that_a_stage_jumps_over():
+    """A conditional around a layer and its cache: no collective more, and no copy of either."""
+    mesh = make_mesh(stage=2, tensor=2)
+    model = decoder(False)
+    placed = place(model, mesh, plan=make_plan(model.config, mesh, speeds=(0.4, 1.0)))
+    assert placed.plan.counts == (1, 2) and placed.plan.jumped == (False, True)
+    program, state = lowered(placed, batch=2)
+    text = program.compile().as_text()
+    check(placed, text, state)
+    check(placed, lowered_prefill(placed, rows=4).compile().as_text(), program="prefill")
+
+
 @pytest.mark.parametrize(("stage", "hosts", "tensor"), [(1, 2, 4), (2, 2, 2)])
 def test_with_tensor_shards_on_two_hosts(stage, hosts, tensor):
     placed = place(decoder(False), make_mesh(stage=stage, tensor_hosts=hosts, tensor=tensor))
@@ -113,6 +141,21 @@ def test_with_data_shards(data, stage, tensor):
     placed = place(decoder(False), make_mesh(data=data, stage=stage, tensor=tensor))
     program, state = lowered(placed, batch=2)
     check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.parametrize(
+    ("config", "stage", "expert", "hosts", "tensor"),
+    [
+        (CONFIG, 2, 1, 1, 4),
+        pytest.param(CONFIG, 1, 1, 2, 4, marks=pytest.mark.slow),
+        pytest.param(MIXED, 2, 2, 1, 2, marks=pytest.mark.slow),
+    ],
+    ids=["2 stages of 4", "2 hosts of 4", "2 stages of 2 expert shards of 2"],
+)
+def test_reading_prompts(config, stage, expert, hosts, tensor):
+    """Layers in the loop over micro-batches, embedding and token outside of it."""
+    placed = place(decoder(False, config), make_mesh(stage=stage, expert=expert, tensor_hosts=hosts, tensor=tensor))
+    check(placed, lowered_prefill(placed, rows=4).compile().as_text(), program="prefill")
 
 
 @pytest.mark.parametrize(
@@ -159,16 +202,14 @@ def test_what_other_families_have_costs_no_collective_and_no_copy(config, stage,
         pytest.param(CONFIG, 1, 1, 1, 8, id="8 shards"),
         pytest.param(CONFIG, 2, 1, 1, 4, id="2 stages of 4"),
         pytest.param(MIXED, 1, 4, 1, 2, id="4 expert shards of 2", marks=pytest.mark.slow),
-        pytest.param(CONFIG, 1, 1, 2, 4, id="2 hosts of 4", marks=pytest.mark.slow),
+        pytest.param(WIDE, 1, 1, 2, 8, id="2 hosts of 8"),
+        pytest.param(CONFIG, 2, 1, 2, 4, id="2 stages on 2 hosts of 4 each", marks=pytest.mark.slow),
     ],
 )
 def test_for_h100s_without_one(config, stage, expert, hosts, tensor):
-    here = place(decoder(False, config), make_mesh(stage=stage, expert=expert, tensor_hosts=hosts, tensor=tensor))
+    """Also on more of them than there are CPU devices: shapes are all that is placed."""
     mesh = topology_mesh("h100", (1, stage, expert, hosts, tensor), MESH_AXES, hosts=hosts)
-    there = jax.tree.map(
-        lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, a.sharding.spec)), here.weights
-    )
-    placed = dataclasses.replace(here, mesh=mesh, weights=there)
+    placed = placed_shapes(module_tensors(decoder(False, config)), mesh, config=config)
     program, state = lowered(placed, batch=2)
     with without_compilation_cache():
         text = program.compile().as_text()
@@ -186,3 +227,20 @@ def test_copies_are_seen():
     assert copies(text, {(7, 5, 3)})
     assert copies(text, {(7, 5, 4)}) == []
     assert collectives(text) == {}
+
+
+def test_collectives_in_a_loop_and_outside_of_it_are_told_apart():
+    """The check can fail: what a loop would do at each pass is in its body, or its condition, or in a branch there."""
+
+    def run(x):
+        def step(carry):
+            i, y = carry
+            return i + 1, lax.cond(i > 2, lambda y: lax.all_gather(y, "tensor").sum(0), lambda y: y, lax.psum(y, "tensor"))
+
+        going = lambda carry: lax.pmax(carry[1].sum(), "tensor") < 9.0
+        return lax.ppermute(lax.while_loop(going, step, (0, x))[1], "tensor", [(0, 1), (1, 0)])
+
+    mesh, split = make_mesh(tensor=2), PartitionSpec("tensor")
+    program = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=split, check_vma=False))
+    text = program.lower(jnp.ones((4, 3))).compile().as_text()
+    assert placed_collectives(text) == ({"all-reduce": 2, "all-gather": 1}, {"collective-permute": 1})
