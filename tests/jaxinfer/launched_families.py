@@ -35,5 +35,5 @@ def main(job: dict[str, Any]) -> list[list[Any]]:
 
 
 if __name__ == "__main__":
-    answer = json.dumps(main(json.loads(sys.argv[1])))
+    answer = json.dumps({"ids": main(json.loads(sys.argv[1]))})
     print(answer, file=sys.stdout if jax.process_index() == 0 else sys.stderr)
