@@ -208,12 +208,21 @@ def test_what_other_families_have_costs_no_collective_and_no_copy(config, stage,
 )
 def test_for_h100s_without_one(config, stage, expert, hosts, tensor):
     """Also on more of them than there are CPU devices: shapes are all that is placed."""
-    mesh = topology_mesh("h100", (1, stage, expert, hosts, tensor), MESH_AXES, hosts=hosts)
-    placed = placed_shapes(module_tensors(decoder(False, config)), mesh, config=config)
+    compiled_for_h100s(config, topology_mesh("h100", (1, stage, expert, hosts, tensor), MESH_AXES, hosts=hosts))
+
+
+def compiled_for_h100s(config, mesh, speeds=None):
+    plan = make_plan(config, mesh, speeds=speeds)
+    placed = placed_shapes(module_tensors(decoder(False, config)), mesh, config=config, plan=plan)
     program, state = lowered(placed, batch=2)
     with without_compilation_cache():
         text = program.compile().as_text()
     check(placed, text, state)
+
+
+@pytest.mark.slow
+def test_slots_that_a_stage_jumps_over_on_h100s():
+    compiled_for_h100s(CONFIG, topology_mesh("h100", (1, 2, 1, 1, 4), MESH_AXES), speeds=(0.4, 1.0))
 
 
 def test_copies_are_seen():
