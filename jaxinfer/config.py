@@ -280,10 +280,6 @@ class EngineConfig:
         _check("", self)
         if self.quantization is not None:
             self._check_quantization(self.quantization)
-        if self.kernels == "native" and self.cache_dtype in ("fp8", "int4"):
-            raise ConfigError(
-                f"kernels is 'native', and native kernels have no {self.cache_dtype} cache; set kernels to auto, or kv_cache.dtype to int8"
-            )
         if not is_number(self.memory_fraction) or not 0 < self.memory_fraction <= 1:
             raise ConfigError(f"memory_fraction is {self.memory_fraction!r}; give a number above 0, at most 1")
         if not isinstance(self.executables, str | bool | None):

@@ -6,6 +6,7 @@ lie together. Kernels take row ids and positions, never a slice: a slice would b
 
 import dataclasses
 import functools
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -47,6 +48,16 @@ class LayerCache:
     Unused positions must be finite: they are masked, not skipped.
     """
 
+    ARRAYS: ClassVar = (
+        "k",
+        "v",
+        "k_scale",
+        "v_scale",
+        "k_low",
+        "v_low",
+        "recent",
+    )  # those of a format come before those it lacks
+
     k: jax.Array
     v: jax.Array
     k_scale: jax.Array | None = None
@@ -80,6 +91,11 @@ class LayerCache:
         scaled = jnp.dtype(dtype) in (jnp.int8, jnp.float8_e4m3fn)
         scale = jnp.zeros(shape[:-1], jnp.float32) if scaled else None
         return cls(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype), k_scale=scale, v_scale=scale)
+
+    @property
+    def arrays(self) -> tuple[jax.Array | None, ...]:
+        """In the order of ARRAYS."""
+        return tuple(getattr(self, name) for name in self.ARRAYS)
 
     @property
     def format(self) -> str:

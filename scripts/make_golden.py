@@ -32,7 +32,7 @@ import golden_weights  # noqa: E402
 from golden_cases import CASES, SMOLLM2_PROMPTS, SMOLLM2_TOKENS, Case  # noqa: E402
 
 NEW_TOKENS = 24
-SMOLLM2_NEW_TOKENS = 64
+SMOLLM2_NEW_TOKENS = 128
 MIN_EFFECT = 2e-4  # of the largest logit: twice the tolerance of the tests (gelu against its tanh form is the smallest)
 
 

@@ -4,18 +4,18 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.attention import reference
-from pallas_kernels.attention.terms import AttentionTerms, check_terms
+from pallas_kernels.attention.terms import PLAIN, AttentionTerms, check_terms
+from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.registry import choose, register, register_file
 
 register("attention", "reference", reference.attention)
+register("attention", "native", native.attention, supports=native.supports_attention, priority=native.PRIORITY)
 register_file("attention", "pallas", "pallas_kernels.attention.pallas")
 # behind the others until it was measured beside them; by name it runs on Hopper
 register_file("attention", "mosaic", "pallas_kernels.attention.mosaic", priority=-5)
 register_file("attention", "cudnn", "pallas_kernels.attention.cudnn", priority=-10)  # behind the reference: where it is named
-
-PLAIN = AttentionTerms()
 
 
 def attention(
@@ -68,6 +68,7 @@ def attention(
         kv_heads=kv_heads,
         tokens=cache.tokens,
         cache_dtype=str(cache.k.dtype),
+        cache_format=cache.format,
         soft_cap=soft_cap,
         windowed=window is not None,
         paged=rows is not None and rows.ndim == 2,

@@ -36,6 +36,9 @@ class AttentionTerms:
         return 0 if self.relative is None else self.relative.shape[1] // 2
 
 
+PLAIN = AttentionTerms()
+
+
 def check_terms(terms: AttentionTerms, batch: int, heads: int) -> None:
     """Raises ShapeError for arrays that do not fit."""
     wanted = {"lengths": (batch,), "sinks": (heads,), "slopes": (heads,)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.attention.terms import PLAIN, AttentionTerms, check_terms
 from pallas_kernels.attention_block import reference
 from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
@@ -81,18 +82,20 @@ def attention_block(
     residual=None,
     lead: jax.Array | None = None,
     window: jax.Array | None = None,
+    terms: AttentionTerms = PLAIN,
     max_over_shards: Callable | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, LayerCache]:
-    """The attention half of a pre-norm decoder layer, for one tensor shard.
+    """The attention half of a pre-norm layer, for one tensor shard.
 
         y = residual + W_o attention(rope(norm(W_q n + b_q)), rope(norm(W_k n + b_k)), W_v n + b_v) + b_o,     n = norm(x)
 
     x: float32 [B, T, D]. cache: what keys and values are written to and attended over, or None: the tokens attend to each other and their
     fresh cache [B, K, T, H] comes back, in float32 or spec.fresh. angles: cos and sin, float32 [B, T, R/2], or None for no rotation.
     positions: int32 [B, T]. rows, write: see `rope_cache`. residual: float32 [B, T, D] or None. lead: bool scalar, whether residual and
-    out_bias go into this shard's y, a partial sum under tensor parallelism; None: they do. window: int32 scalar or None, see `attention`.
-    max_over_shards: see `quant_matmul`.
+    out_bias go into this shard's y, a partial sum under tensor parallelism; None: they do. In a layer whose halves read the same x, as in
+    GPT-NeoX and Falcon, the residual of the second half is the first one's result. window: int32 scalar or None, and terms: see
+    `attention`. max_over_shards: see `quant_matmul`.
     Returns y, float32 [B, T, D], and the cache. Raises ShapeError.
     """
     if spec.norm not in KINDS:
@@ -108,6 +111,9 @@ def attention_block(
         )
     if (weights.q_norm is None) != (weights.k_norm is None):
         raise ShapeError("attention_block: q_norm and k_norm come together; give both, or neither")
+    check_terms(terms, x.shape[0], rows_qkv // ((spec.group + 2) * spec.head_dim) * spec.group)
+    if spec.integer and (terms.given or not terms.causal):
+        raise ShapeError("attention_block: integer attention is causal and has no further terms; leave `integer`, or the terms")
     windowed = window is not None
     run = choose(
         "attention_block",
@@ -118,6 +124,8 @@ def attention_block(
         windowed=windowed,
         weights=weights,
         cache=cache,
+        causal=terms.causal,
+        terms=terms.given,
         max_over_shards=max_over_shards,
     )
     return run.function(
@@ -132,5 +140,6 @@ def attention_block(
         residual=residual,
         lead=lead,
         window=window,
+        terms=terms,
         max_over_shards=max_over_shards,
     )

@@ -32,7 +32,7 @@ def supports_attention_block(target, facts) -> bool | str:
     return True if size <= WIDEST else f"heads of {size} do not fit the registers of a block, at most {WIDEST} do"
 
 
-def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, max_over_shards):
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, terms, max_over_shards):
     B, T, _ = x.shape
     with jax.named_scope("qkv"):
         first = Norm(kind=spec.norm, eps=spec.eps, scale=weights.norm, bias=weights.norm_bias)
@@ -44,7 +44,7 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
             positions = rows = write = None  # tokens are numbered as in the fresh cache
         q, cache = _turn_and_write(spec, heads, norms, angles, cache, rows, positions, write)
     with jax.named_scope("attention"):
-        scores = {"scale": spec.scale, "soft_cap": spec.soft_cap, "window": window}
+        scores = {"scale": spec.scale, "soft_cap": spec.soft_cap, "window": window, "terms": terms}
         # XLA's product of many rows takes its operands in the dtype of the weight
         wide = B * T <= SMALL or isinstance(weights.out, QTensor)
         out_dtype = jnp.float32 if wide else weights.out.dtype

@@ -1,5 +1,7 @@
 """`attention_block` as the composition of the small operations: its meaning, and the path of a device without a fused kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
@@ -12,7 +14,7 @@ from pallas_kernels.rope_cache import rope, rope_cache
 from pallas_kernels.shares import share
 
 
-def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, max_over_shards):
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, terms, max_over_shards):
     B, T, _ = x.shape
     H, G = spec.head_dim, spec.group
     with jax.named_scope("norm"):
@@ -38,7 +40,7 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
         else:
             q, cache = rope_cache(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write)
     with jax.named_scope("attention"):
-        attend = integer_attention if spec.integer else attention
+        attend = integer_attention if spec.integer else functools.partial(attention, terms=terms)
         o = attend(q, cache, rows=rows, positions=positions, scale=spec.scale, soft_cap=spec.soft_cap, window=window)
         o = o.reshape(B, T, -1)
     with jax.named_scope("out"):

@@ -18,7 +18,7 @@ import numpy as np
 from pallas_kernels.cpu import build
 from pallas_kernels.errors import BackendError
 
-CALLS = ("jaxinfer_attention_block", "jaxinfer_mlp_block", "jaxinfer_quant_matmul", "jaxinfer_argmax", "jaxinfer_sample")
+CALLS = tuple(f"jaxinfer_{name}" for name in ("attention_block", "attention", "mlp_block", "quant_matmul", "argmax", "sample"))
 PATH = build.FOLDER / build.LIBRARY
 
 

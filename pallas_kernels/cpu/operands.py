@@ -11,8 +11,10 @@ PER_WEIGHT = 4  # operands of a weight: values, scales, zeros, bias
 
 
 def given(x, dtype=jnp.float32):
-    """An optional operand: an empty array stands for None."""
-    return jnp.zeros((0,), dtype) if x is None else x.astype(dtype)
+    """An optional operand: an empty array stands for None. dtype: what it is made, None leaves it as it is."""
+    if x is None:
+        return jnp.zeros((0,), dtype or jnp.float32)
+    return x if dtype is None else x.astype(dtype)
 
 
 def weight(w, bias) -> tuple:

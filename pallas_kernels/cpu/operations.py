@@ -17,8 +17,8 @@ from pallas_kernels.shares import share
 PRIORITY = 20  # above the dots of XLA
 NORMS = {"rms": 0, "rms_offset": 1, "layer": 2}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-CACHES = ("float32", "bfloat16", "float16", "int8")
-_CACHE_OPERAND, _WEIGHTS_OPERAND = 8, 16  # places of the cache and of the first weight among the operands of attention_block
+CACHES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4")  # formats
+_CACHE_OPERAND = 8  # place of the cache among the operands of attention_block
 
 
 def _call(name, results, aliases=None):
@@ -29,29 +29,79 @@ def _float(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
 
+# --- attention
+
+
+def _terms(terms) -> list:
+    """The operands of an `AttentionTerms`."""
+    return [operands.given(terms.lengths, jnp.int32), *(operands.given(a) for a in (terms.sinks, terms.slopes, terms.relative))]
+
+
+def supports_attention(target, facts) -> bool | str:
+    """CPUs; caches of any of their formats, by rows and not by block tables."""
+    if facts["paged"]:
+        return "it reads rows of a cache, not block tables"
+    if facts["cache_format"] not in CACHES:
+        return f"it takes caches of {', '.join(CACHES)}, not {facts['cache_format']}"
+    return library.refusal(target.platform) or True
+
+
+def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms, out_dtype):
+    return _attention(scale, soft_cap, q, cache, rows, positions, window, terms).astype(out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _attention(scale, soft_cap, q, cache, rows, positions, window, terms):
+    return _call("jaxinfer_attention", _float(*q.shape))(
+        q.astype(jnp.float32),
+        *(operands.given(a, jnp.int32) for a in (positions, rows, window)),
+        *(operands.given(a, None) for a in cache.arrays),
+        *_terms(terms),
+        integers=operands.integers(*library.call_integers(), terms.causal),
+        numbers=operands.numbers(scale, soft_cap or 0),
+    )
+
+
+def _attention_alone_forward(scale, soft_cap, *arrays):
+    return _attention(scale, soft_cap, *arrays), arrays
+
+
+def _attention_alone_backward(scale, soft_cap, arrays, gradient):
+    from pallas_kernels.attention import reference
+
+    def run(q, cache, rows, positions, window, terms):
+        named = {"rows": rows, "positions": positions, "window": window, "terms": terms, "out_dtype": jnp.float32}
+        return reference.attention(q, cache, scale=scale, soft_cap=soft_cap, **named)
+
+    return jax.vjp(run, *arrays)[1](gradient)
+
+
+_attention.defvjp(_attention_alone_forward, _attention_alone_backward)
+
+
 # --- attention_block
 
 
 def supports_attention_block(target, facts) -> bool | str:
-    """CPUs, float32 x; weights as in `operands.refusal`; caches of any of their dtypes."""
+    """CPUs, float32 x; weights as in `operands.refusal`; caches of any of their formats."""
     weights, cache = facts["weights"], facts["cache"]
     split = facts["max_over_shards"] is not None
     reason = library.refusal(target.platform)
     reason = reason or next((r for w in weights.qkv if (r := operands.refusal(w, False))), None)
     reason = reason or operands.refusal(weights.out, split)
-    if reason is None and cache is not None and str(cache.k.dtype) not in CACHES:
-        reason = f"it takes caches of {', '.join(CACHES)}, not {cache.k.dtype}"
+    if reason is None and cache is not None and cache.format not in CACHES:
+        reason = f"it takes caches of {', '.join(CACHES)}, not {cache.format}"
     return reason or True
 
 
-def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, max_over_shards):
+def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, residual, lead, window, terms, max_over_shards):
     weights = dataclasses.replace(weights, out_bias=share(lead, weights.out_bias))
     residual = share(lead, residual)
-    return _attention_block(spec, max_over_shards, x, weights, cache, angles, positions, rows, write, residual, window)
+    return _attention_block(spec, max_over_shards, x, weights, cache, angles, positions, rows, write, residual, window, terms)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions, rows, write, residual, window):
+def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions, rows, write, residual, window, terms):
     B, T, _ = x.shape
     parts = len(weights.qkv)
     K = sum(w.shape[0] for w in weights.qkv) // ((spec.group + 2) * spec.head_dim)
@@ -62,7 +112,8 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
     empty = (
         LayerCache.zeros(rows=B, kv_heads=K, tokens=T, head_dim=spec.head_dim, dtype=jnp.float32) if cache is None else cache
     )
-    caches = [a for a in (empty.k, empty.v, empty.k_scale, empty.v_scale) if a is not None]
+    held = [name for name, a in zip(LayerCache.ARRAYS, empty.arrays, strict=True) if a is not None]
+    caches = [getattr(empty, name) for name in held]
     arguments = [
         x.astype(jnp.float32),
         operands.given(residual),
@@ -72,25 +123,31 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
         operands.given(cos),
         operands.given(sin),
         operands.given(window, jnp.int32),
-        *([] if cache is None else caches),
+        *(operands.given(None if cache is None else a, None) for a in empty.arrays),
     ]
-    arguments += [operands.given(None)] * (_CACHE_OPERAND + 4 - len(arguments))
     arguments += [operands.given(a) for a in (weights.norm, weights.norm_bias, weights.q_norm, weights.k_norm)]
+    arguments += _terms(terms)
     for w, bias in zip(qkv, biases, strict=True):
         arguments += operands.weight(w, bias)
     arguments += operands.weight(weights.out, weights.out_bias)
     groups = [operands.groups(w) for w in (*qkv, weights.out)]
     results = [_float(B, T, weights.out.shape[0]), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in caches)]
+    # what a format has comes first among the arrays of a cache
     aliases = {} if cache is None else {_CACHE_OPERAND + i: 1 + i for i in range(len(caches))}
     y, *new = _call("jaxinfer_attention_block", results, aliases)(
         *arguments,
         integers=operands.integers(
-            *library.call_integers(), spec.head_dim, spec.group, NORMS[spec.norm], parts, *(n for pair in groups for n in pair)
+            *library.call_integers(),
+            spec.head_dim,
+            spec.group,
+            NORMS[spec.norm],
+            parts,
+            terms.causal,
+            *(n for pair in groups for n in pair),
         ),
         numbers=operands.numbers(spec.eps, spec.scale, spec.soft_cap or 0),
     )
-    scales = dict(zip(("k_scale", "v_scale"), new[2:], strict=False))
-    return y, LayerCache(k=new[0], v=new[1], **scales)
+    return y, LayerCache(**dict(zip(held, new, strict=True)))
 
 
 def _attention_forward(spec, max_over_shards, *arrays):
@@ -100,7 +157,7 @@ def _attention_forward(spec, max_over_shards, *arrays):
 def _attention_backward(spec, max_over_shards, arrays, gradient):
     from pallas_kernels.attention_block import reference
 
-    names = ("angles", "positions", "rows", "write", "residual", "window")
+    names = ("angles", "positions", "rows", "write", "residual", "window", "terms")
 
     def run(x, weights, cache, *rest):
         named = dict(zip(names, rest, strict=True))

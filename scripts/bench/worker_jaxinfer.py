@@ -24,7 +24,7 @@ from pallas_kernels import registry
 from pallas_kernels.cpu import library
 
 DTYPES = ("float32", "bfloat16", "float16")
-CACHES = ("float32", "bfloat16", "int8")
+CACHES = ("float32", "bfloat16", "int8", "fp8", "int4")
 LAYER_OPERATIONS = ("attention_block", "mlp_block")
 
 

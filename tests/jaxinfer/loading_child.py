@@ -1,11 +1,14 @@
 """A process of its own that loads a model, measures itself and prints one line of JSON; test_smollm2.py starts it.
 
 python loading_child.py '{"source": PATH, "config": {...}, "processes": N, "process": I, "port": P, "prompts": {name: ids}}'
+
+"tokens": of each text, 64 by default. "cores": so many of those that there are. "alone": every prompt also by itself.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Mapping
@@ -55,6 +58,8 @@ def count_reads() -> list[int]:
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
+    if "cores" in job:
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: job["cores"]])
     if job.get("processes", 1) > 1:
         address = f"127.0.0.1:{job['port']}"
         jax.distributed.initialize(address, job["processes"], job["process"], initialization_timeout=90)
@@ -67,9 +72,10 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
     peak = resident("VmHWM") - before
     leaves = jax.tree.leaves(engine.params)
     kept = sum(shard.data.nbytes for leaf in leaves for shard in leaf.addressable_shards)
-    sampling = SamplingParams(max_tokens=64, ignore_eos=True)
+    sampling = SamplingParams(max_tokens=job.get("tokens", 64), ignore_eos=True)
     prompts = job.get("prompts", {})
     results = engine.generate(list(prompts.values()), sampling) if prompts else []
+    single = {name: engine.generate(prompt, sampling).token_ids for name, prompt in prompts.items()} if job.get("alone") else {}
     return {
         "peak": peak,
         "kept": kept,
@@ -78,6 +84,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
         "read": sum(reads),
         "devices": [len(jax.local_devices()), len(jax.devices())],
         "ids": {name: result.token_ids for name, result in zip(prompts, results, strict=True)},
+        "alone": single,
     }
 
 

@@ -155,7 +155,6 @@ def test_file(text: str, word: str, tmp_path: Path) -> None:
         ({"engine": {"data_parallel": 2}}, ["no key 'data_parallel'", "'data_parallel_size'"]),
         ({"batch_invariant": "yes"}, ["batch_invariant is 'yes'", "True or False"]),
         ({"batch_invariant": 1}, ["batch_invariant is 1", "True or False"]),
-        ({"kernels": "native", "kv_cache": {"dtype": "int4"}}, ["native kernels have no int4 cache", "kv_cache.dtype to int8"]),
         ({"matmul_precision": "tf32"}, ["matmul_precision is 'tf32'", "highest, high, default"]),
         ({"matmul_precison": "high"}, ["'matmul_precison'", "did you mean 'matmul_precision'"]),
         ({"quantization": {"enabled": "true"}}, ["quantization.enabled is 'true'", "True or False"]),

@@ -48,6 +48,11 @@ float from_bf16(uint16_t h) {
   std::memcpy(&x, &bits, 4);
   return x;
 }
+float from_f8(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, fraction = bits & 7;
+  const float size = exponent ? std::ldexp(1.0f + static_cast<float>(fraction) / 8, exponent - 7) : std::ldexp(static_cast<float>(fraction), -9);
+  return bits & 128 ? -size : size;
+}
 // small powers of two and simple fractions, exact in float16
 uint16_t to_f16(float x) {
   uint32_t bits;
@@ -294,13 +299,15 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
   const int64_t group = random.pick<int64_t>({1, 2, 3, 5, 9});
   c.heads = group * c.kv_heads;
   c.head_dim = random.pick<int64_t>({1, 10, 16, 32, 40, 64, 80});
-  c.rotary_half = random.below(c.head_dim / 2 + 1);
   c.threads = static_cast<int>(random.between(1, 4));
   c.scale = 1 / std::sqrt(static_cast<float>(c.head_dim));
   c.soft_cap = random.coin() ? 5.0f : 0.0f;
   c.cache.rows = c.batch + random.below(2);
   c.cache.tokens = c.tokens + random.below(200);
-  c.cache.cell = random.pick({Cell::f32, Cell::bf16, Cell::i8});
+  c.cache.cell = random.pick({Cell::f32, Cell::bf16, Cell::i8, Cell::f8, Cell::i4});
+  const bool four = c.cache.cell == Cell::i4;
+  if (four) c.head_dim += c.head_dim % 2, c.cache.tokens = (c.cache.tokens + 31) / 32 * 32;
+  c.rotary_half = random.below(c.head_dim / 2 + 1);
   const int64_t columns = (c.heads + 2 * c.kv_heads) * c.head_dim, count = c.cache.rows * c.kv_heads * c.cache.tokens * c.head_dim;
   const Weight qkv = make_weight(random, columns, c.embed, false), out = make_weight(random, random.between(1, 40), c.heads * c.head_dim, false);
   c.qkv[0] = qkv.view, c.parts = 1, c.out = out.view;
@@ -324,14 +331,32 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
   c.x = floats_of(xs), c.cos = floats_of(cs), c.sin = floats_of(ss);
   c.positions = reinterpret_cast<const int32_t*>(ps.data.get()), c.rows = reinterpret_cast<const int32_t*>(rs.data.get());
   // what is cached before this call; what lies past it is poison
-  const int64_t cell = c.cache.cell == Cell::f32 ? 4 : c.cache.cell == Cell::bf16 ? 2 : 1;
+  const float nan = std::numeric_limits<float>::quiet_NaN();
+  const int64_t cell = c.cache.cell == Cell::f32 ? 4 : c.cache.cell == Cell::bf16 ? 2 : 1, heads = c.cache.rows * c.kv_heads;
   std::vector<double> keys(static_cast<size_t>(count), NAN), values(keys);
-  Bytes k(count * cell), v(count * cell), k_scale(count / c.head_dim * 4), v_scale(count / c.head_dim * 4);
-  for (int64_t i = 0; i < count; ++i) {
+  Bytes k(four ? count / 2 : count * cell), v(k.size), k_scale(heads * c.cache.tokens * 4), v_scale(k_scale.size);
+  const int64_t groups = c.cache.tokens / 32;
+  Bytes k_steps(heads * groups * c.head_dim * 2), k_lows(k_steps.size), v_steps(heads * c.cache.tokens * 2), v_lows(v_steps.size), recent(heads * 64 * c.head_dim);
+  // numbers [heads, places, width] of 16 bits, of which the first `old` places are there
+  const auto fill = [&](Bytes& into, int64_t places, int64_t width, int64_t old, float scale) {
+    uint16_t* const to = reinterpret_cast<uint16_t*>(into.data.get());
+    for (int64_t i = 0; i < heads * places * width; ++i) to[i] = to_bf16(i / width % places < old ? scale * (1 + random.normal() / 4) : nan);
+  };
+  if (four) {
+    for (auto* side : {&k, &v})
+      for (int64_t i = 0; i < side->size; ++i) side->data.get()[i] = static_cast<char>(random.below(256));
+    fill(k_steps, groups, c.head_dim, first / 32, 0.2f), fill(k_lows, groups, c.head_dim, first / 32, -1.5f);
+    fill(v_steps, c.cache.tokens, 1, first, 0.2f), fill(v_lows, c.cache.tokens, 1, first, -1.5f);
+    fill(recent, 32, c.head_dim, first % 32, 1);
+    const auto halves = [](const Bytes& b) { return reinterpret_cast<uint16_t*>(b.data.get()); };
+    c.cache.k_steps = halves(k_steps), c.cache.k_lows = halves(k_lows), c.cache.v_steps = halves(v_steps), c.cache.v_lows = halves(v_lows);
+    c.cache.recent = halves(recent);
+  }
+  for (int64_t i = 0; i < count && !four; ++i) {
     const bool old = i / c.head_dim % c.cache.tokens < first;
     const size_t at = static_cast<size_t>(i), token = static_cast<size_t>(i / c.head_dim);
     for (auto* side : {&k, &v}) {
-      float stored = old ? random.normal() : std::numeric_limits<float>::quiet_NaN();
+      float stored = old ? random.normal() : nan;
       if (c.cache.cell == Cell::f32) {
         reinterpret_cast<float*>(side->data.get())[at] = stored;
       } else if (c.cache.cell == Cell::bf16) {
@@ -339,17 +364,30 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
         reinterpret_cast<uint16_t*>(side->data.get())[at] = h;
         stored = from_bf16(h);
       } else {
-        const int8_t level = static_cast<int8_t>(random.between(-127, 127));
-        reinterpret_cast<int8_t*>(side->data.get())[at] = level;
-        const float s = old ? 0.01f : std::numeric_limits<float>::quiet_NaN();
+        const bool f8 = c.cache.cell == Cell::f8;
+        uint8_t bits = static_cast<uint8_t>(random.below(256));
+        if (f8 && (bits & 127) == 127) bits = 0;
+        reinterpret_cast<uint8_t*>(side->data.get())[at] = bits;
+        const float s = old ? f8 ? 0.003f : 0.01f : nan;
         reinterpret_cast<float*>((side == &k ? k_scale : v_scale).data.get())[token] = s;
-        stored = static_cast<float>(level) * s;
+        stored = (f8 ? from_f8(bits) : static_cast<float>(static_cast<int8_t>(bits))) * s;
       }
       (side == &k ? keys : values)[at] = stored;
     }
   }
   c.cache.k = k.data.get(), c.cache.v = v.data.get();
-  if (c.cache.cell == Cell::i8) c.cache.k_scale = reinterpret_cast<float*>(k_scale.data.get()), c.cache.v_scale = reinterpret_cast<float*>(v_scale.data.get());
+  if (cell == 1 && !four) c.cache.k_scale = reinterpret_cast<float*>(k_scale.data.get()), c.cache.v_scale = reinterpret_cast<float*>(v_scale.data.get());
+  c.terms.causal = random.below(3) > 0;
+  std::vector<int32_t> length_values;
+  for (int64_t b = 0; b < c.batch; ++b) length_values.push_back(static_cast<int32_t>(random.below(4) ? random.between(0, first + c.tokens) : first + c.tokens));
+  const auto slope_values = random.floats(c.heads), sink_values = random.floats(c.heads);
+  c.terms.reach = random.below(4);
+  const auto relative_values = random.floats(c.heads * (2 * c.terms.reach + 1));
+  const Bytes lengths = exact(length_values), slopes = exact(slope_values), sinks = exact(sink_values), relative = exact(relative_values);
+  if (!c.terms.causal || random.below(3) == 0) c.terms.lengths = reinterpret_cast<const int32_t*>(lengths.data.get());
+  if (random.below(3) == 0) c.terms.slopes = floats_of(slopes);
+  if (random.below(3) == 0) c.terms.sinks = floats_of(sinks);
+  if (random.below(3) == 0) c.terms.relative = floats_of(relative);
   Bytes y(c.batch * c.tokens * c.out.outputs * 4);
   c.y = reinterpret_cast<float*>(y.data.get());
   kernels.attention_block(c);
@@ -381,21 +419,50 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
         values[at_cache(token, kv, positions[token]) + static_cast<size_t>(i)] = raw.back()[static_cast<size_t>((c.heads + c.kv_heads + kv) * c.head_dim + i)];
       }
   }
-  std::vector<double> want;
+  if (four) {  // the levels that were chosen are those that are attended over; they are near what was to be stored
+    const int64_t half = c.head_dim / 2, newest = (first + c.tokens - 1) / 32;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t channel = i % c.head_dim, token = i / c.head_dim, head = token / c.cache.tokens, position = token % c.cache.tokens;
+      if (position >= first + c.tokens) continue;
+      const auto level = [&](const Bytes& from) { return static_cast<uint8_t>(from.data.get()[token * half + channel % half]) >> (channel / half * 4) & 15; };
+      const size_t at = static_cast<size_t>(i), group = static_cast<size_t>((head * groups + position / 32) * c.head_dim + channel);
+      const double step = from_bf16(c.cache.k_steps[group]), near = level(k) * step + from_bf16(c.cache.k_lows[group]);
+      const double exact_key = position / 32 == newest ? from_bf16(c.cache.recent[(head * 32 + position % 32) * c.head_dim + channel]) : near;
+      const double value_step = from_bf16(c.cache.v_steps[token]), value = level(v) * value_step + from_bf16(c.cache.v_lows[token]);
+      const bool fresh = position >= first && !std::isnan(keys[at]);
+      const bool right = !fresh || (std::fabs(near - keys[at]) <= 0.6 * step + std::fabs(keys[at]) / 64 + 1e-3 && std::fabs(exact_key - keys[at]) <= 0.6 * step + std::fabs(keys[at]) / 64 + 1e-3 &&
+                                    std::fabs(value - values[at]) <= 0.6 * value_step + std::fabs(values[at]) / 64 + 1e-3);
+      if (!right) {
+        std::fprintf(stderr, "FAILED %s int4 cache at %ld: key %g, %g for %g, value %g for %g\n", name.c_str(), static_cast<long>(i), near, exact_key, keys[at], value, values[at]);
+        ++failures;
+        break;
+      }
+      keys[at] = exact_key, values[at] = value;
+    }
+  }
+  std::vector<double> want, alone;
+  std::vector<float> queries;
   for (size_t token = 0; token < positions.size(); ++token) {
     std::vector<double> attended(static_cast<size_t>(c.heads * c.head_dim));
-    const int64_t position = positions[token], begin = c.window ? std::max<int64_t>(0, position - window_value + 1) : 0;
+    const int64_t position = positions[token], b = static_cast<int64_t>(token) / c.tokens;
+    int64_t begin = c.window ? std::max<int64_t>(0, position - window_value + 1) : 0;
+    int64_t end = c.terms.causal ? position + 1 : c.window ? position + window_value : first + c.tokens;
+    if (c.terms.lengths) end = std::min<int64_t>(end, length_values[static_cast<size_t>(b)]);
     for (int64_t h = 0; h < c.heads; ++h) {
       std::vector<double> scores;
-      double top = -INFINITY, total = 0;
-      for (int64_t j = begin; j <= position; ++j) {
+      double top = c.terms.sinks ? sink_values[static_cast<size_t>(h)] : -INFINITY, total = 0;
+      for (int64_t j = begin; j < end; ++j) {
         double s = 0;
         for (int64_t i = 0; i < c.head_dim; ++i) s += raw[token][static_cast<size_t>(h * c.head_dim + i)] * keys[at_cache(token, h / group, j) + static_cast<size_t>(i)];
         s *= c.scale;
         if (c.soft_cap > 0) s = c.soft_cap * std::tanh(s / c.soft_cap);
+        if (c.terms.slopes) s -= slope_values[static_cast<size_t>(h)] * std::fabs(static_cast<double>(j - position));
+        const int64_t ahead = std::max(-c.terms.reach, std::min(c.terms.reach, j - position)) + c.terms.reach;
+        if (c.terms.relative) s += relative_values[static_cast<size_t>(h * (2 * c.terms.reach + 1) + ahead)];
         scores.push_back(s);
         top = std::max(top, s);
       }
+      if (c.terms.sinks) total = std::exp(sink_values[static_cast<size_t>(h)] - top);
       for (double& s : scores) total += s = std::exp(s - top);
       for (size_t j = 0; j < scores.size(); ++j)
         for (int64_t i = 0; i < c.head_dim; ++i)
@@ -403,11 +470,20 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
     }
     const auto made = multiply(out, attended.data());
     want.insert(want.end(), made.begin(), made.end());
+    alone.insert(alone.end(), attended.begin(), attended.end());
+    for (int64_t i = 0; i < c.heads * c.head_dim; ++i) queries.push_back(static_cast<float>(raw[token][static_cast<size_t>(i)]));
   }
   // the newest keys are rounded to the cache's cells; with few keys they weigh much
   const bool halves = rounds_to_halves(qkv) || rounds_to_halves(out);
   compare(name + " attention_block cell " + std::to_string(static_cast<int>(c.cache.cell)) + " tokens " + std::to_string(c.tokens), c.y, want,
-          c.cache.cell != Cell::f32 ? 0.1 : halves ? 2e-2 : 1e-4);
+          c.cache.cell != Cell::f32 && !four ? 0.1 : halves ? 2e-2 : 1e-4);
+  const Bytes qs = exact(queries);
+  Bytes o(static_cast<int64_t>(queries.size()) * 4);
+  c.q = floats_of(qs), c.x = nullptr, c.parts = 0, c.qkv[0] = c.out = Linear{};
+  c.y = reinterpret_cast<float*>(o.data.get());
+  kernels.attention(c);
+  compare(name + " attention cell " + std::to_string(static_cast<int>(c.cache.cell)) + " tokens " + std::to_string(c.tokens), c.y, alone,
+          c.cache.cell != Cell::f32 && !four ? 0.1 : halves ? 2e-2 : 1e-4);
 }
 
 void test_argmax(const Kernels& kernels, Random& random, const std::string& name) {

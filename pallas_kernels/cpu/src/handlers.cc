@@ -69,6 +69,7 @@ bool cell_of(ffi::DataType type, Cell* cell) {
     case ffi::DataType::F16: *cell = Cell::f16; return true;
     case ffi::DataType::S8: *cell = Cell::i8; return true;
     case ffi::DataType::U8: *cell = Cell::u8; return true;
+    case ffi::DataType::F8E4M3FN: *cell = Cell::f8; return true;
     default: return false;
   }
 }
@@ -107,7 +108,7 @@ Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, int64_
   scales.check(check, scales.type, {w.outputs, groups});
   w.scales = scales.data;
   if (zeros.given()) {
-    check.require(w.format == Format::i4 && cell_of(zeros.type, &w.zero_cell), "zeros belong to int4 weights, as floats or 8-bit integers");
+    check.require(w.format == Format::i4 && cell_of(zeros.type, &w.zero_cell) && w.zero_cell <= Cell::u8, "zeros belong to int4 weights, as floats or 8-bit integers");
     zeros.check(check, zeros.type, {w.outputs, groups});
     w.zeros = zeros.data;
   }
@@ -133,16 +134,73 @@ ffi::Error run(const char* op, void (*kernel)(const Call&), const Call& call) {
   return ffi::Error::Success();
 }
 
-// integers: level, threads, head_dim, query heads per kv head, norm kind, parts of qkv, then (group, input group) of q, k, v and out.
-// numbers: eps, scale, soft cap (0: none).
+// A cache is seven arrays: k, v, their scales, and of 4 bits their minima and the newest keys; those that its cells do not have are empty.
+constexpr size_t kCacheArrays = 7;
+const char* const kCacheNames[kCacheArrays] = {"cache k", "cache v", "k scales", "v scales", "k minima", "v minima", "newest keys"};
+size_t cache_arrays(Cell cell) { return cell == Cell::i4 ? 7 : cell == Cell::i8 || cell == Cell::f8 ? 4 : 2; }
+
+Cache cache_of(Check& check, const Array (&in)[kCacheArrays], int64_t kv_heads, int64_t head_dim) {
+  Cache c;
+  const Array& k = in[0];
+  check.require(cell_of(k.type, &c.cell), "a cache must be float32, bfloat16, float16, float8_e4m3fn, int8 or packed int4");
+  if (c.cell == Cell::u8) c.cell = Cell::i4;
+  const bool four = c.cell == Cell::i4;
+  const int64_t width = four ? head_dim / 2 : head_dim;
+  check.require(k.dims.size() == 4 && k.dims[1] == kv_heads && k.dims[3] == width && !(four && head_dim % 2),
+                "the cache must be [rows, kv heads, tokens, head_dim], got " + written(k.dims));
+  if (!check.ok()) return c;
+  const int64_t rows = c.rows = k.dims[0], tokens = c.tokens = k.dims[2];
+  in[1].check(check, k.type, {rows, kv_heads, tokens, width});
+  for (size_t i = 1; i < kCacheArrays; ++i) check.require(in[i].given() == (k.given() && i < cache_arrays(c.cell)), std::string(kCacheNames[i]) + " do not belong to the cache");
+  c.k = k.data, c.v = in[1].data;
+  if (!four) {
+    for (size_t i : {2, 3}) in[i].check(check, ffi::DataType::F32, {rows, kv_heads, tokens});
+    c.k_scale = in[2].as<float>(), c.v_scale = in[3].as<float>();
+    return c;
+  }
+  check.require(tokens % 32 == 0, "a cache of 4 bits holds whole groups of 32 tokens, got " + std::to_string(tokens));
+  for (size_t i : {2, 4}) in[i].check(check, ffi::DataType::BF16, {rows, kv_heads, tokens / 32, head_dim});
+  for (size_t i : {3, 5}) in[i].check(check, ffi::DataType::BF16, {rows, kv_heads, tokens});
+  in[6].check(check, ffi::DataType::BF16, {rows, kv_heads, 32, head_dim});
+  c.k_steps = in[2].as<uint16_t>(), c.v_steps = in[3].as<uint16_t>(), c.k_lows = in[4].as<uint16_t>(), c.v_lows = in[5].as<uint16_t>();
+  c.recent = in[6].as<uint16_t>();
+  return c;
+}
+
+// Four operands: lengths, sinks, slopes, relative.
+constexpr size_t kTerms = 4;
+Terms terms_of(Check& check, const ffi::RemainingArgs& args, size_t first, bool causal, int64_t batch, int64_t heads) {
+  const Array lengths = argument(check, args, first, "lengths"), sinks = argument(check, args, first + 1, "sinks");
+  const Array slopes = argument(check, args, first + 2, "slopes"), relative = argument(check, args, first + 3, "relative");
+  Terms t;
+  if (!check.ok()) return t;
+  lengths.check(check, ffi::DataType::S32, {batch});
+  sinks.check(check, ffi::DataType::F32, {heads});
+  slopes.check(check, ffi::DataType::F32, {heads});
+  if (relative.given()) {
+    check.require(relative.dims.size() == 2 && relative.dims[1] % 2 == 1, "relative must be [heads, 2 reach + 1]");
+    if (!check.ok()) return t;
+    relative.check(check, ffi::DataType::F32, {heads, relative.dims[1]});
+    t.reach = relative.dims[1] / 2;
+  }
+  t.causal = causal;
+  t.lengths = lengths.as<int32_t>(), t.sinks = sinks.as<float>(), t.slopes = slopes.as<float>(), t.relative = relative.as<float>();
+  return t;
+}
+
+// Operands: x, residual, positions, rows, write, cos, sin, window; a cache; norm, its bias, norms of q and k; terms; weights of q, k, v, out.
+// integers: level, threads, head_dim, query heads per kv head, norm kind, parts of qkv, causal, then (group, input group) of q, k, v and
+// out. numbers: eps, scale, soft cap (0: none).
 ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Integers integers, Numbers numbers) {
+  constexpr size_t kFirst = 8, kNorms = kFirst + kCacheArrays, kFirstTerm = kNorms + 4, kWeights = kFirstTerm + kTerms;
   Check check;
-  check.require(integers.size() == 14 && numbers.size() == 3 && args.size() == 32, "the library and its caller are of different versions");
+  check.require(integers.size() == 15 && numbers.size() == 3 && args.size() == kWeights + 16, "the library and its caller are of different versions");
   if (!check.ok()) return check.error("attention_block");
-  const char* const names[] = {"x",      "residual", "positions", "rows",    "write",   "cos",    "sin",       "window",
-                               "cache k", "cache v",  "k scales",  "v scales", "norm", "norm bias", "q norm", "k norm"};
-  Array in[16];
-  for (size_t i = 0; i < 16; ++i) in[i] = argument(check, args, i, names[i]);
+  const char* const names[kFirstTerm] = {"x",      "residual",    "positions",   "rows",        "write",       "cos",         "sin",
+                                         "window", kCacheNames[0], kCacheNames[1], kCacheNames[2], kCacheNames[3], kCacheNames[4], kCacheNames[5],
+                                         kCacheNames[6], "norm", "norm bias", "q norm", "k norm"};
+  Array in[kFirstTerm];
+  for (size_t i = 0; i < kFirstTerm; ++i) in[i] = argument(check, args, i, names[i]);
   const auto &x = in[0], &residual = in[1], &positions = in[2], &rows = in[3], &write = in[4], &cos = in[5], &sin = in[6], &window = in[7];
   const ffi::DataType f32 = ffi::DataType::F32, s32 = ffi::DataType::S32;
   AttentionCall c;
@@ -159,16 +217,17 @@ ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Inte
   if (!check.ok()) return check.error("attention_block");
   int64_t columns = 0;
   for (int p = 0; p < c.parts; ++p) {
-    c.qkv[p] = linear(check, args, 16 + 4 * p, integers[6 + 2 * p], integers[7 + 2 * p]);
+    c.qkv[p] = linear(check, args, kWeights + 4 * p, integers[7 + 2 * p], integers[8 + 2 * p]);
     check.require(c.qkv[p].inputs == c.embed, "qkv must have as many inputs as x");
     columns += c.qkv[p].outputs;
   }
-  c.out = linear(check, args, 28, integers[12], integers[13]);
+  c.out = linear(check, args, kWeights + 12, integers[13], integers[14]);
   check.require(columns > 0 && columns % ((group + 2) * c.head_dim) == 0, "qkv is not made of whole heads");
   if (!check.ok()) return check.error("attention_block");
   c.kv_heads = columns / ((group + 2) * c.head_dim);
   c.heads = group * c.kv_heads;
   check.require(c.out.inputs == c.heads * c.head_dim, "out must have an input for each number of the heads");
+  c.terms = terms_of(check, args, kFirstTerm, integers[6] != 0, c.batch, c.heads);
   residual.check(check, f32, {c.batch, c.tokens, c.out.outputs});
   positions.check(check, s32, {c.batch, c.tokens});
   rows.check(check, s32, {c.batch});
@@ -180,46 +239,74 @@ ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Inte
   sin.check(check, f32, {c.batch, c.tokens, c.rotary_half});
   check.require(cos.given() == sin.given() && 2 * c.rotary_half <= c.head_dim, "cos and sin must have at most half a head");
   check.require(!window.given() || (window.type == s32 && window.size == 1), "window must be one int32");
-  c.norm.scale = in[12].as<float>();
-  c.norm.bias = in[13].as<float>();
-  for (int i : {12, 13}) in[i].check(check, f32, {c.embed});
-  for (int i : {14, 15}) in[i].check(check, f32, {c.head_dim});
-  c.q_norm = in[14].as<float>();
-  c.k_norm = in[15].as<float>();
+  for (size_t i : {0, 1}) in[kNorms + i].check(check, f32, {c.embed});
+  for (size_t i : {2, 3}) in[kNorms + i].check(check, f32, {c.head_dim});
+  c.norm.scale = in[kNorms].as<float>(), c.norm.bias = in[kNorms + 1].as<float>();
+  c.q_norm = in[kNorms + 2].as<float>(), c.k_norm = in[kNorms + 3].as<float>();
   c.x = x.as<float>(), c.residual = residual.as<float>();
   c.positions = positions.as<int32_t>(), c.rows = rows.as<int32_t>(), c.write = write.as<uint8_t>();
   c.cos = cos.as<float>(), c.sin = sin.as<float>(), c.window = window.as<int32_t>();
   c.norm.eps = numbers[0], c.scale = numbers[1], c.soft_cap = numbers[2];
 
-  const auto y = rets.get<ffi::AnyBuffer>(0), k = rets.get<ffi::AnyBuffer>(1), v = rets.get<ffi::AnyBuffer>(2);
-  check.require(!y.has_error() && !k.has_error() && !v.has_error() && (rets.size() == 3 || rets.size() == 5), "it returns y and a cache");
+  check.require(rets.size() >= 3 && rets.size() <= 1 + kCacheArrays, "it returns y and a cache");
   if (!check.ok()) return check.error("attention_block");
-  const auto dims = (*k)->dimensions();
-  check.require(dims.size() == 4 && dims[1] == c.kv_heads && dims[3] == c.head_dim && (*v)->size_bytes() == (*k)->size_bytes(),
-                "the cache must be [rows, kv heads, tokens, head_dim], got " + written(dims));
-  check.require(cell_of((*k)->element_type(), &c.cache.cell) && c.cache.cell != Cell::u8, "the cache must be float32, bfloat16, float16 or int8");
-  check.require((c.cache.cell == Cell::i8) == (rets.size() == 5), "an int8 cache has scales, and no other one has");
-  check.require((*y)->element_type() == f32 && static_cast<int64_t>((*y)->element_count()) == c.batch * c.tokens * c.out.outputs, "y has the wrong shape");
-  if (!check.ok()) return check.error("attention_block");
-  c.cache.rows = dims[0], c.cache.tokens = dims[2];
-  check.require(rows.given() || c.cache.rows == c.batch, "without row ids the cache must have as many rows as x");
-  check.require(in[8].given() || c.cache.tokens == c.tokens, "a fresh cache must have as many tokens as x");
   // the results of an aliased cache are its operands; a copy is needed only where XLA did not donate them
-  for (size_t i = 1; check.ok() && i < rets.size(); ++i) {
-    const auto result = rets.get<ffi::AnyBuffer>(i);
-    const Array& from = in[7 + i];
-    void* const to = (*result)->untyped_data();
-    if (from.given() && from.data != to) {
-      check.require((*result)->element_type() == from.type && static_cast<int64_t>((*result)->element_count()) == from.size, "the cache that comes back must be like the one given");
-      if (check.ok()) std::memcpy(to, from.data, (*result)->size_bytes());
+  Array out[kCacheArrays];
+  const bool fresh = !in[kFirst].given();
+  for (size_t i = 0; i < kCacheArrays; ++i) {
+    const auto result = i + 1 < rets.size() ? rets.get<ffi::AnyBuffer>(i + 1) : rets.get<ffi::AnyBuffer>(1);
+    const Array& from = in[kFirst + i];
+    const bool there = i + 1 < rets.size();
+    check.require(!result.has_error(), "it returns y and a cache");
+    if (!check.ok()) return check.error("attention_block");
+    out[i] = Array{kCacheNames[i], (*result)->element_type(), (*result)->dimensions(), (*result)->untyped_data(), there ? static_cast<int64_t>((*result)->element_count()) : 0};
+    check.require(fresh || from.size == out[i].size, "the cache that comes back must be like the one given");
+    if (check.ok() && from.given() && from.data != out[i].data) {
+      check.require(from.type == out[i].type, "the cache that comes back must be like the one given");
+      if (check.ok()) std::memcpy(out[i].data, from.data, (*result)->size_bytes());
     }
-    void** const slots[] = {&c.cache.k, &c.cache.v, reinterpret_cast<void**>(&c.cache.k_scale), reinterpret_cast<void**>(&c.cache.v_scale)};
-    *slots[i - 1] = to;
   }
+  c.cache = cache_of(check, out, c.kv_heads, c.head_dim);
+  const auto y = rets.get<ffi::AnyBuffer>(0);
+  check.require(!y.has_error() && (*y)->element_type() == f32 && static_cast<int64_t>((*y)->element_count()) == c.batch * c.tokens * c.out.outputs,
+                "y has the wrong shape");
+  check.require(rows.given() || c.cache.rows == c.batch, "without row ids the cache must have as many rows as x");
+  check.require(!fresh || (c.cache.tokens == c.tokens && c.cache.cell != Cell::i4), "a fresh cache must have as many tokens as x, not of 4 bits");
   if (!check.ok()) return check.error("attention_block");
-  if (!in[8].given()) c.positions = nullptr, c.rows = nullptr, c.write = nullptr;
+  if (fresh) c.positions = nullptr, c.rows = nullptr, c.write = nullptr;
   c.y = static_cast<float*>((*y)->untyped_data());
   return run("attention_block", table->attention_block, c);
+}
+
+// Operands: q, positions, rows, window; a cache; terms. integers: level, threads, causal. numbers: scale, soft cap (0: none).
+ffi::Error Attention(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers, Numbers numbers) {
+  constexpr size_t kFirst = 4, kFirstTerm = kFirst + kCacheArrays;
+  Check check;
+  check.require(integers.size() == 3 && numbers.size() == 2 && args.size() == kFirstTerm + kTerms, "the library and its caller are of different versions");
+  if (!check.ok()) return check.error("attention");
+  const Array q = argument(check, args, 0, "q"), positions = argument(check, args, 1, "positions");
+  const Array rows = argument(check, args, 2, "rows"), window = argument(check, args, 3, "window");
+  Array in[kCacheArrays];
+  for (size_t i = 0; i < kCacheArrays; ++i) in[i] = argument(check, args, kFirst + i, kCacheNames[i]);
+  check.require(q.dims.size() == 4 && q.type == ffi::DataType::F32 && in[0].dims.size() == 4 && in[0].dims[1] > 0, "q must be float32 [batch, tokens, heads, head_dim], and a cache of 4 axes");
+  const Kernels* const table = kernels(check, integers[0]);
+  if (!check.ok()) return check.error("attention");
+  AttentionCall c;
+  c.batch = q.dims[0], c.tokens = q.dims[1], c.heads = q.dims[2], c.head_dim = q.dims[3], c.kv_heads = in[0].dims[1];
+  c.threads = static_cast<int>(integers[1]);
+  check.require(c.heads % c.kv_heads == 0, "the heads of q must be a multiple of the cache's");
+  c.cache = cache_of(check, in, c.kv_heads, c.head_dim);
+  c.terms = terms_of(check, args, kFirstTerm, integers[2] != 0, c.batch, c.heads);
+  positions.check(check, ffi::DataType::S32, {c.batch, c.tokens});
+  rows.check(check, ffi::DataType::S32, {c.batch});
+  check.require(rows.given() || c.cache.rows == c.batch, "without row ids the cache must have as many rows as q");
+  check.require(!window.given() || (window.type == ffi::DataType::S32 && window.size == 1), "window must be one int32");
+  check.require(static_cast<int64_t>(y->element_count()) == q.size, "y must be like q");
+  if (!check.ok()) return check.error("attention");
+  c.q = q.as<float>(), c.positions = positions.as<int32_t>(), c.rows = rows.as<int32_t>(), c.window = window.as<int32_t>();
+  c.scale = numbers[0], c.soft_cap = numbers[1];
+  c.y = y->typed_data();
+  return run("attention", table->attention, c);
 }
 
 // integers: level, threads, norm kind, activation, gated, parts of up, then (group, input group) of gate, up and down. numbers: eps.
@@ -334,6 +421,12 @@ JAXINFER_HANDLER(jaxinfer_attention_block, xla::ffi::Ffi::Bind()
                                                .Attr<xla::ffi::Span<const int64_t>>("integers")
                                                .Attr<xla::ffi::Span<const float>>("numbers")
                                                .To(jaxinfer::AttentionBlock))
+JAXINFER_HANDLER(jaxinfer_attention, xla::ffi::Ffi::Bind()
+                                         .RemainingArgs()
+                                         .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                         .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                         .Attr<xla::ffi::Span<const float>>("numbers")
+                                         .To(jaxinfer::Attention))
 JAXINFER_HANDLER(jaxinfer_mlp_block, xla::ffi::Ffi::Bind()
                                          .RemainingArgs()
                                          .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()

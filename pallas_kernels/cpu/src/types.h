@@ -5,7 +5,8 @@
 namespace jaxinfer {
 
 // How numbers are stored.
-enum class Cell : int32_t { f32, bf16, f16, i8, u8 };
+// f8: e4m3 without infinities. i4: two 4-bit levels a byte.
+enum class Cell : int32_t { f32, bf16, f16, i8, u8, f8, i4 };
 // How a weight is stored: floats, int8 levels, or two 4-bit levels a byte (see pallas_kernels/qtensor.py).
 enum class Format : int32_t { f32, bf16, i8, i4 };
 
@@ -32,12 +33,24 @@ struct Norm {
   float eps = 0;
 };
 
-// Keys and values [rows, kv_heads, tokens, head_dim]; int8 has float32 scales [rows, kv_heads, tokens].
+// Keys and values [rows, kv_heads, tokens, head_dim]; those of 8 bits have float32 scales [rows, kv_heads, tokens].
 struct Cache {
   Cell cell = Cell::f32;
   void *k = nullptr, *v = nullptr;
   float *k_scale = nullptr, *v_scale = nullptr;
+  // 4 bits, see pallas_kernels/layer_cache.py; all bfloat16: of values [rows, kv_heads, tokens], of keys [rows, kv_heads, tokens / 32,
+  // head_dim], and the keys of the newest 32 tokens as they are, [rows, kv_heads, 32, head_dim]
+  uint16_t *k_steps = nullptr, *k_lows = nullptr, *v_steps = nullptr, *v_lows = nullptr, *recent = nullptr;
   int64_t rows = 0, tokens = 0;
+};
+
+// What attention has beside scores and a causal mask, see pallas_kernels/attention/terms.py; null: none.
+struct Terms {
+  bool causal = true;
+  const int32_t* lengths = nullptr;  // [batch]
+  const float *sinks = nullptr, *slopes = nullptr;  // [heads]
+  const float* relative = nullptr;   // [heads, 2 reach + 1]
+  int64_t reach = 0;
 };
 
 struct AttentionCall {
@@ -55,8 +68,11 @@ struct AttentionCall {
   int parts = 0;
   Linear out;
   float scale = 1, soft_cap = 0;  // soft_cap 0: none
+  Terms terms;
   Cache cache;
   float* y = nullptr;  // [batch, tokens, out.outputs]
+  // Attention alone: queries [batch, tokens, heads, head_dim] instead of x, nothing is written, and y is like q.
+  const float* q = nullptr;
   int threads = 1;
 };
 
@@ -106,6 +122,7 @@ struct SampleCall {
 struct Kernels {
   const char* name;
   void (*attention_block)(const AttentionCall&);
+  void (*attention)(const AttentionCall&);
   void (*mlp_block)(const MlpCall&);
   void (*matmul)(const MatmulCall&);
   void (*argmax)(const ArgmaxCall&);
