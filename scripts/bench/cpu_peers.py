@@ -61,7 +61,11 @@ class Engine:
 
 
 _JAXINFER = Engine(
-    script="worker_jaxinfer.py", python=None, environment=None, precisions={}, caches=("float32", "bfloat16", "int8", "fp8", "int4")
+    script="worker_jaxinfer.py",
+    python=None,
+    environment=None,
+    precisions={},
+    caches=("float32", "bfloat16", "int8", "fp8", "int4"),
 )
 ENGINES = {
     OURS: _JAXINFER,
