@@ -57,6 +57,7 @@ def run(spoken: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple
     return call
 
 
+@pytest.mark.slow
 def test_gptq_is_written_verified_and_loaded(run, spoken: Path, tmp_path: Path) -> None:
     status, out, err = run(tmp_path / "q", "--bits", "4", "--method", "gptq", "--verify", "--json")
     assert status == 0, err
@@ -84,6 +85,7 @@ def test_exports_hold_the_same_numbers(run, tmp_path: Path) -> None:
     assert status == 1 and "gptq has no minimum per group" in err
 
 
+@pytest.mark.slow
 def test_static_inputs_are_written_split_and_exported(run, tmp_path: Path) -> None:
     """Scales of inputs that the text fixes: in the native form, on a mesh, in compressed-tensors and back, and what `info` says of them."""
     options = ("--bits", "8", "--method", "smoothquant", "--static-inputs", "--group-size", "0")
@@ -113,6 +115,7 @@ def test_static_inputs_are_written_split_and_exported(run, tmp_path: Path) -> No
     assert status == 1 and "static scales are for inputs that are rounded" in err
 
 
+@pytest.mark.slow
 def test_auto_bits_fit_the_budget(run, tmp_path: Path) -> None:
     forms = "w4a16-g32,w8a16,bfloat16,float32"
     status, out, err = run(tmp_path / "auto", "--bits", "auto", "--budget", "110k", "--forms", forms, "--method", "rtn")

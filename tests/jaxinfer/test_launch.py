@@ -126,6 +126,7 @@ def test_a_rank_that_goes_in_mid_generation_is_named_and_ends_all(tiny, number):
     assert not Path(f"/proc/{pid}").exists()
 
 
+@pytest.mark.slow
 def test_the_command_under_a_launch(tiny):
     """JSON on stdout and nothing else, once."""
     options = ["--tp", "2", "--max-tokens", "4", "--max-length", "64", "--kernels", "xla", "--json"]

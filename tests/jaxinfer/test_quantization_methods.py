@@ -287,6 +287,7 @@ def test_an_interrupted_run_goes_on(grouped: TinyModel, tmp_path) -> None:
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+@pytest.mark.slow
 def test_results_are_a_model(grouped: TinyModel, tmp_path) -> None:
     """Skipped matrices are bit for bit the checkpoint's; the others are packed, and the logits are near the float ones."""
     quantizer = run(grouped, tmp_path / "work", Method(name="gptq"), "w8a16-g32", skip=("*.o", "head"))

@@ -64,6 +64,7 @@ def test_windows_decide_where_layers_go(tiny):
     assert make_plan(dataclasses.replace(config, windows=(16, 16, None, None, None)), mesh).counts == (3, 2)
 
 
+@pytest.mark.slow
 def test_slower_devices_have_fewer_layers_and_jump_over_the_others_slots(tiny_decoder, greedy):
     mesh = make_mesh(stage=2)
     plan = make_plan(tiny_decoder.config, mesh, speeds=(3.0, 9.0))
@@ -145,6 +146,7 @@ def test_int8_sums_need_hosts(tiny_decoder):
         jaxinfer.Engine(place(tiny_decoder, make_mesh(tensor=2)), config)
 
 
+@pytest.mark.slow
 def test_tensor_shards_on_two_hosts_say_what_one_device_does(tiny_decoder, greedy):
     placed = place(tiny_decoder, make_mesh(tensor_hosts=2, tensor=2))
     engine = jaxinfer.Engine(placed, jaxinfer.EngineConfig(inference_max_tokens=64, micro_batch_size=4, kernels="xla"))

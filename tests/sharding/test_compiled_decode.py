@@ -100,6 +100,7 @@ def lowered_prefill(placed: Placed, rows: int, tokens: int = 16):
     return program.lower(*program.abstract(placed.weights, ids, lengths, sampling))
 
 
+@pytest.mark.slow
 def test_an_int4_cache_on_cpu_devices():
     """Levels are made anew for a group at a time, in place."""
     placed = place(decoder(False), make_mesh(tensor=2))
@@ -198,11 +199,11 @@ def test_what_other_families_have_costs_no_collective_and_no_copy(config, stage,
 @pytest.mark.parametrize(
     ("config", "stage", "expert", "hosts", "tensor"),
     [
-        pytest.param(CONFIG, 1, 1, 1, 1, id="one"),
+        pytest.param(CONFIG, 1, 1, 1, 1, id="one", marks=pytest.mark.slow),
         pytest.param(CONFIG, 1, 1, 1, 8, id="8 shards"),
-        pytest.param(CONFIG, 2, 1, 1, 4, id="2 stages of 4"),
+        pytest.param(CONFIG, 2, 1, 1, 4, id="2 stages of 4", marks=pytest.mark.slow),
         pytest.param(MIXED, 1, 4, 1, 2, id="4 expert shards of 2", marks=pytest.mark.slow),
-        pytest.param(WIDE, 1, 1, 2, 8, id="2 hosts of 8"),
+        pytest.param(WIDE, 1, 1, 2, 8, id="2 hosts of 8", marks=pytest.mark.slow),
         pytest.param(CONFIG, 2, 1, 2, 4, id="2 stages on 2 hosts of 4 each", marks=pytest.mark.slow),
     ],
 )
