@@ -152,17 +152,19 @@ def _mpirun(job: Job, places: Sequence[str]) -> list[str]:
     _need("mpirun", "Open MPI")
     names = list(dict.fromkeys(places))
     settings = dict(job.settings)
-    if job.port is not None and all(map(is_local, names)):
+    here = all(map(is_local, names))
+    if job.port is not None and here:
         listen(job.port).close()  # where it is taken, this says so
     if job.hosts:
         settings[f"{PREFIX}COORDINATOR"] = join_address(coordinator_host(places), job.port or free_port())
     elif job.port is not None:
         settings[f"{PREFIX}COORDINATOR"] = join_address("127.0.0.1", job.port)
     exported = [word for name, value in settings.items() for word in ("-x", f"{name}={value}")]
+    exported += ["-x", "PYTHONPATH"] if "PYTHONPATH" in os.environ else []  # to other hosts nothing goes by itself
     root = ["--allow-run-as-root"] if os.geteuid() == 0 else []
     slots = ",".join(f"{name}:{places.count(name)}" for name in names)
     hosts = ["--host", slots] if job.hosts else []
-    if len(names) > 1:
+    if not here:
         _meet(["mpirun", "-n", str(len(names)), *root, *hosts, "--bind-to", "none", "--map-by", "ppr:1:node", *exported])
     # a rank bound to one core would starve XLA's threads
     places_ = ["--bind-to", "none", "--map-by", ":OVERSUBSCRIBE"]
@@ -223,7 +225,7 @@ def _srun(job: Job, places: Sequence[str]) -> list[str]:
     if "SLURM_JOB_ID" not in os.environ:
         _try_out(["srun", "--test-only", "-n", str(len(places)), *own, "true"], len(places))
     else:  # outside of a job the probe would stand in the queue before the ranks do
-        count = len(names) if job.hosts else int(os.environ.get("SLURM_JOB_NUM_NODES") or 1)
+        count = len(names) if job.hosts else min(len(places), int(os.environ.get("SLURM_JOB_NUM_NODES") or 1))
         if count > 1:
             _meet(["srun", "--overlap", "-n", str(count), "--ntasks-per-node=1", *own])
     return ["srun", "-n", str(len(places)), "--label", *own]

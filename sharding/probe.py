@@ -12,7 +12,7 @@ from sharding.network import split_address
 from sharding.rendezvous import meet
 
 MARK = "jaxinfer-probe: "
-SECONDS = 6.0  # that the others may take to come; mpirun or srun starts them within a second or two
+SECONDS = 4.0  # that the others may take to come once a process is there, so that all is said within ten
 
 
 def main() -> int:
