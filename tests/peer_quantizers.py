@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 import torch
+from safetensors.torch import load_file
 from tokenizers.models import WordLevel
 from transformers import (
     AutoModelForCausalLM,
@@ -55,9 +56,13 @@ def plain_folder(folder: Path) -> Path:
     """The fresh model beside `folder`, with a tokenizer of as many words: tools want a folder that they could download."""
     plain = folder.with_name(f"{folder.name}-plain")
     fresh().save_pretrained(plain)
-    words = tokenizers.Tokenizer(WordLevel({f"w{i}": i for i in range(VOCAB)}, unk_token="w0"))
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(plain)
+    add_tokenizer(plain, VOCAB)
     return plain
+
+
+def add_tokenizer(folder: Path, vocab: int) -> None:
+    words = tokenizers.Tokenizer(WordLevel({f"w{i}": i for i in range(vocab)}, unk_token="w0"))
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w0").save_pretrained(folder)
 
 
 def save_logits(folder: Path, model: Any) -> None:
@@ -156,8 +161,11 @@ def import_gptqmodel() -> Any:
 def gptq_logits(folder: Path) -> None:
     """Of weights that GPTQModel itself dequantises; its own matmuls are in float16."""
     gptqmodel = import_gptqmodel()
-    loaded = gptqmodel.GPTQModel.load(str(folder), device="cpu", backend=gptqmodel.BACKEND.TORCH, dtype=torch.float16).model
     settings = {k: v for k, v in json.loads((folder / "config.json").read_text()).items() if k != "quantization_config"}
+    if not (folder / "tokenizer.json").is_file():
+        add_tokenizer(folder, settings["vocab_size"])
+    loaded = gptqmodel.GPTQModel.load(str(folder), device="cpu", backend=gptqmodel.BACKEND.TORCH, dtype=torch.float16).model
+    stored = load_file(folder / "model.safetensors")
     target = LlamaForCausalLM(LlamaConfig(**settings)).float().eval()
     with torch.no_grad():
         for name, module in target.named_modules():
@@ -166,7 +174,7 @@ def gptq_logits(folder: Path) -> None:
                 packed.scales = packed.scales.float()
                 module.weight.copy_(packed.dequantize_weight().T)
             elif isinstance(getattr(module, "weight", None), torch.nn.Parameter):
-                module.weight.copy_(packed.weight)
+                module.weight.copy_(stored[f"{name}.weight"])  # which it has made float16 too
     save_logits(folder, target)
 
 

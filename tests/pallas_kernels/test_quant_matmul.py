@@ -4,12 +4,13 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 from jax.sharding import Mesh, PartitionSpec
 
-from pallas_kernels.errors import BackendError, ShapeError
-from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize, repack, round_to_nearest
+from pallas_kernels.errors import BackendError, QuantizationError, ShapeError
+from pallas_kernels.qtensor import ActivationQuant, QTensor, concatenate, dequantize, repack, round_to_nearest, take
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul.specs import SPECS, TINY
 from pallas_kernels.quantize import dequantize_activations, quantize_activations
@@ -244,3 +245,32 @@ def test_wrong_arguments_are_refused():
         quant_matmul(x, jnp.ones((4, 64)), bias=jnp.ones(5))
     with pytest.raises(ShapeError, match="float"):
         quantize_activations(jnp.ones((2, 64), jnp.int32), ActivationQuant())
+
+
+@pytest.mark.parametrize("format", ["int8", "int4", "fp8"])
+def test_inputs_at_a_static_scale(rng, format):
+    """What lies beyond the range of the scale is cut off; shards keep it, and what takes scales from the inputs refuses it."""
+    kind, top = ("fp8", 448.0) if format == "fp8" else ("int8", 127.0)
+    x = rng.standard_normal((5, 64)).astype(np.float32)
+    scale = np.float32(np.abs(x).max() / 2 / top)
+    plain = round_to_nearest(
+        rng.standard_normal((32, 64)).astype(np.float32), format=format, group=32 if format == "int4" else None
+    )
+    q = plain.replace(activation=ActivationQuant(group=None, format=kind, static=True), input_scale=np.full((1, 1), scale))
+    levels = np.clip(x / scale, -top, top)
+    levels = levels.astype(ml_dtypes.float8_e4m3fn).astype(np.float32) if kind == "fp8" else np.rint(levels)
+    expected = (levels * scale).astype(np.float64) @ dequantize(q).astype(np.float64).T
+    np.testing.assert_allclose(jax.jit(quant_matmul)(jnp.asarray(x), on_device(q)), expected, rtol=1e-4, atol=1e-4)
+    rows = take(q, axis=-2, unit=16, indices=[1])
+    np.testing.assert_allclose(quant_matmul(jnp.asarray(x), on_device(rows)), expected[:, 16:], rtol=1e-4, atol=1e-4)
+    halves = [
+        quant_matmul(jnp.asarray(x[:, 32 * i : 32 * i + 32]), on_device(take(q, axis=-1, unit=32, indices=[i]))) for i in (0, 1)
+    ]
+    np.testing.assert_allclose(halves[0] + halves[1], expected, rtol=1e-4, atol=1e-4)
+    for other in ("pallas", "native"):
+        with pytest.raises(BackendError):
+            quant_matmul(jnp.asarray(x), on_device(q), implementation=other)
+    with pytest.raises(QuantizationError, match="not joined"):
+        concatenate([q, q])
+    with pytest.raises(QuantizationError, match="static scale is one for all"):
+        ActivationQuant(group=64, static=True)
