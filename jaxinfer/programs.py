@@ -24,6 +24,7 @@ from jaxinfer.generation import Prefix, State
 from jaxinfer.placement import Placed, local_layers
 from jaxinfer.sampling import NumberedProcessors
 from pallas_kernels import registry
+from sharding.distributed import channel, spans_processes
 from sharding.rules import ROW_AXES, STAGE, TENSOR_AXES
 
 # Prefix trees of partition specs. Sequences are split over data and expert shards. Rows of a cache are split over stages too, its heads
@@ -81,12 +82,16 @@ class Program:
         self.ready: dict[Signature, Ready] = {}
         self.met: set[Signature | None] = set()
         self.coming = coming
+        self._begun: set[Signature] = set()
+        self._with_others = spans_processes(mesh)
         self._inputs = recipe.inputs
         function = _named(recipe.function, name, precision, without=("native", "pallas") if kernels == "xla" else ())
         sharded = jax.shard_map(function, mesh=mesh, in_specs=recipe.inputs, out_specs=recipe.outputs, check_vma=False)
         self._jitted: Any = jax.jit(sharded, donate_argnums=recipe.donate)
 
     def __call__(self, *arguments):
+        if self._with_others:
+            self._begin(arguments)
         if self.ready or self.coming:
             signature = self.signature(arguments)
             found = None if signature is None else self._find(signature)
@@ -97,6 +102,21 @@ class Program:
         if self._jitted._cache_size() != known:
             self.met.add(self.signature(arguments))
         return result
+
+    def _begin(self, arguments: tuple) -> None:
+        """Before the first run for some shapes: compile it, and wait for the processes that have not yet. Once one runs, Gloo waits half a
+        minute for the others, and compiling takes longer where a cache is cold or a machine is busy."""
+        signature = self.signature(arguments)
+        if signature is None or signature in self._begun:
+            return
+        found = self._find(signature)
+        if found is None:
+            made: concurrent.futures.Future = concurrent.futures.Future()
+            made.set_result(self._jitted.lower(*arguments).compile())
+            self.ready[signature] = found = made
+        found.result()
+        channel("first runs of programs").exchange()
+        self._begun.add(signature)
 
     def _find(self, signature: Signature) -> Ready | None:
         if signature not in self.ready and signature not in self.met:
