@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}
 
 
-def launch(*arguments: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+def launch(*arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jaxinfer", "launch", *arguments]
     return subprocess.run(command, env=os.environ | ENV, capture_output=True, text=True, timeout=timeout)
 
