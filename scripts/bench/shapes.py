@@ -16,25 +16,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import tempfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from bandwidth import read_bandwidth
-from flax import nnx
 
 import jaxinfer
 from convert.native import save_native
-from convert.readers.base import TokenizerAssets
+from convert.readers.base import LazyTensor, Shard, TokenizerAssets
 from jaxinfer.config import CACHE_DTYPES
 from jaxinfer.models.config import ModelConfig
-from jaxinfer.models.decoder import Decoder
+from jaxinfer.models.decoder import parameters
 from jaxinfer.models.families import find_family
-from jaxinfer.placement import module_tensors
 from pallas_kernels.cpu import library
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -74,6 +75,18 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
+class Drawn(LazyTensor):
+    """A tensor that is made up when it is read, normal with variance 1 / inputs."""
+
+    def __init__(self, name: str, shape: tuple[int, ...], seed: int):
+        self.name, self.shape, self.dtype, self._seed = name, shape, np.dtype(np.float32), seed
+
+    def read(self, units: Shard = None) -> np.ndarray:
+        assert all(unit is None for unit in self.shard(units)), "it is read whole"
+        rng = np.random.default_rng([self._seed, zlib.crc32(self.name.encode())])
+        return rng.standard_normal(self.shape, np.float32) / np.float32(math.sqrt(self.shape[-1]))
+
+
 def config_of(shape: str) -> ModelConfig:
     """Of one of SHAPES, or of a config.json."""
     hf: Mapping[str, Any] = SHAPES[shape] if shape in SHAPES else json.loads(Path(shape).read_text(encoding="utf-8"))
@@ -83,9 +96,8 @@ def config_of(shape: str) -> ModelConfig:
 def measure(args: argparse.Namespace, config: ModelConfig, folder: Path) -> list[dict[str, Any]]:
     """A row for each precision: bytes of its weights, and tokens a second in each round."""
     checkpoint = folder / "checkpoint"
-    module = Decoder(config, nnx.Rngs(args.seed))
-    save_native(checkpoint, config=config.to_dict(), tensors=module_tensors(module), assets=TokenizerAssets())
-    del module
+    tensors = {path: Drawn(path, info.shape, args.seed) for path, info in parameters(config).items()}
+    save_native(checkpoint, config=config.to_dict(), tensors=tensors, assets=TokenizerAssets())
     common = {
         "inference_max_tokens": PROMPT + args.tokens,
         "micro_batch_size": args.batch,
@@ -184,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
     native = args.kernels != "xla" and not isinstance(found, str)
     report = {
         "shape": args.shape,
-        "parameters": sum(leaf.size for leaf in jax.tree.leaves(nnx.eval_shape(lambda: nnx.state(Decoder(config))))),
+        "parameters": sum(math.prod(info.shape) for info in parameters(config).values()),
         "batch": args.batch,
         "tokens": args.tokens,
         "cache": args.cache,
