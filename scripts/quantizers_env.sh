@@ -23,7 +23,7 @@ esac
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 folder=$JAXINFER_CACHE/quantizers
 # torch as in scripts/oracle_env.sh, for the same reason. NAME | what is imported | requirements; a later one must fit the earlier ones.
-BASE=(torch==2.13.0 numpy gguf==0.19.0)
+BASE=(torch==2.13.0 numpy==2.2.6 gguf==0.19.0) # numpy as GPTQModel pins it
 QUANTIZERS=(
   "llm-compressor|llmcompressor, compressed_tensors|llmcompressor==0.14.0.1"
   "gptqmodel|gptqmodel|gptqmodel==7.6.0"
