@@ -65,7 +65,8 @@ def init_inference(
     if expect is not None:
         engine.prepare(*expect)
     with explained(opened.memory):
-        placed = place(opened.tensors, opened.mesh, config=opened.model, plan=opened.plan, progress=progress)
+        how: dict[str, Any] = {"config": opened.model, "plan": opened.plan, "kernels": opened.config.kernels}
+        placed = place(opened.tensors, opened.mesh, progress=progress, **how)
         engine.provide(placed.weights)
     return engine
 
@@ -87,7 +88,7 @@ class Opened:
 
     def engine(self) -> Engine:
         """An engine without weights yet, see Engine.provide."""
-        shapes = placed_shapes(self.tensors, self.mesh, config=self.model, plan=self.plan)
+        shapes = placed_shapes(self.tensors, self.mesh, config=self.model, plan=self.plan, kernels=self.config.kernels)
         return Engine(shapes, self.config, self.tokenizer, eos_ids=self.eos_ids, memory_plan=self.memory)
 
 

@@ -25,7 +25,7 @@ from jaxinfer.models.decoder import parameters
 from jaxinfer.placement import InMemory, Plan, Readable, _Placer, plans
 from pallas_kernels import gpus
 from pallas_kernels.layer_cache import cache_dtype, token_bytes
-from pallas_kernels.qtensor import QTensor
+from pallas_kernels.qtensor import CPU_BLOCK, QTensor
 from sharding.distributed import channel, spans_processes
 from sharding.partition import Units
 
@@ -91,10 +91,11 @@ def _shard_bytes(outline: np.ndarray | QTensor, shape: tuple[int, ...], columns:
     )  # its one byte holds as many values as its last axis is long
 
 
-def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan) -> int:
-    """Bytes of weights on each device: all devices hold shards of one size. Reads nothing. Raises MeshError as `place` does."""
+def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, kernels: str = "auto") -> int:
+    """Bytes of weights on each device, placed for the same `kernels`: all devices hold shards of one size. Reads nothing. Raises
+    MeshError as `place` does."""
     outlines = {path: _Outlined(tuple(tensor.shape), _outline(tensor)) for path, tensor in tensors.items()}
-    placer = _Placer(outlines, mesh, plan, None)
+    placer = _Placer(outlines, mesh, plan, None, kernels)
     total, placed = 0, {str(plan.sample(slot)) for slot in range(plan.slots)}  # one layer a slot: all stages have its shapes
     for path, info in parameters(plan.config).items():
         _, layer, *_ = (*path.split("."), "")
@@ -102,7 +103,10 @@ def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan) -> int
             continue
         units = tuple(placer.units[a][0] if a in placer.units else None for a in info.axes)
         shape = tuple(n if unit is None else unit.length for n, unit in zip(tensors[path].shape, units, strict=True))
-        total += _shard_bytes(outlines[path].outline, shape, units[-1], tensors[path].shape[-1])
+        outline, whole = outlines[path].outline, shape
+        if isinstance(outline, QTensor) and placer.in_blocks((path,), outline, shape[-2:-1], shape[-1]):
+            whole = (*shape[:-2], -(-shape[-2] // CPU_BLOCK) * CPU_BLOCK, shape[-1])  # the last block is filled up
+        total += _shard_bytes(outline, whole, units[-1], tensors[path].shape[-1])
     return total
 
 
@@ -315,7 +319,7 @@ def plan_memory(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, config:
     fit, and MeshError for a mesh that the weights cannot be cut for.
     """
     dtype, tokens, stages = cache_dtype(config.cache_dtype), config.inference_max_tokens, plan.context.stages
-    weights, work = weight_bytes(tensors, mesh, plan), _work(tensors, mesh, plan, config.cache_dtype)
+    weights, work = weight_bytes(tensors, mesh, plan, config.kernels), _work(tensors, mesh, plan, config.cache_dtype)
     free = free_bytes(mesh)
     if spans_processes(mesh):  # what is chosen from it must be the same everywhere
         free = channel("free memory").exchange(free, min)

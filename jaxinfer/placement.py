@@ -3,7 +3,8 @@
 Every array of a layer slot has a leading `stage` axis (size 1 without a pipeline) and holds, for each stage, the weights of that
 stage's layer of the slot's kind. Weights are never stacked over slots: a stack costs a weight-sized copy per
 layer and call. Heads, mlp and vocabulary are cut into whole units, padded and replicated where they do not divide
-(sharding.partition). q/k/v and gate/up are joined along their outputs, shard by shard, where they are stored alike.
+(sharding.partition). q/k/v and gate/up are joined along their outputs, shard by shard, where they are stored alike. Quantised matrices
+that native kernels multiply are brought into the order in which these read them, shard by shard: see qtensor.repack.
 Each process reads and places the slices of its own devices only.
 """
 
@@ -34,6 +35,7 @@ from jaxinfer.models.decoder import (
     parameters,
 )
 from pallas_kernels import gpus, qtensor
+from pallas_kernels.cpu import library, operands
 from pallas_kernels.qtensor import QTensor
 from sharding.balance import SlotPlan, partition, slot_plan, stage_plans
 from sharding.context import ParallelContext
@@ -263,12 +265,14 @@ def place(
     config: ModelConfig | None = None,
     plan: Plan | None = None,
     progress: Callable[[int, int, str], None] | None = None,
+    kernels: str = "auto",
 ) -> Placed:
     """Put a model on a mesh.
 
     source: a Decoder, or a mapping of every module path to a tensor that can be read in pieces, with its config. plan: of `make_plan` for
-    this model and mesh, by default what it gives. progress(done, total, name): called per tensor that was read, counting tensors. Raises
-    MeshError for a mesh that does not fit.
+    this model and mesh, by default what it gives. progress(done, total, name): called per tensor that was read, counting tensors. kernels:
+    of the engine that will run it, see EngineConfig: for "xla" no weight is brought into the order of native kernels. Raises MeshError
+    for a mesh that does not fit.
     """
     if isinstance(source, Decoder):
         tensors: Mapping[str, Readable] = module_tensors(source)
@@ -277,17 +281,29 @@ def place(
         tensors = source
     if config is None:
         raise TypeError("place() needs the config of a mapping of tensors")
-    return _Placer(tensors, mesh, plan or make_plan(config, mesh), progress).run()
+    return _Placer(tensors, mesh, plan or make_plan(config, mesh), progress, kernels).run()
 
 
-def placed_shapes(tensors: Mapping[str, Readable], mesh: Mesh, *, config: ModelConfig, plan: Plan | None = None) -> Placed:
+def placed_shapes(
+    tensors: Mapping[str, Readable], mesh: Mesh, *, config: ModelConfig, plan: Plan | None = None, kernels: str = "auto"
+) -> Placed:
     """What `place` will give, with a ShapeDtypeStruct in place of every array: known before a weight is read."""
-    return _Shapes(tensors, mesh, plan or make_plan(config, mesh), None).run()
+    return _Shapes(tensors, mesh, plan or make_plan(config, mesh), None, kernels).run()
+
+
+def kernels_of(weights: DecoderWeights) -> str:
+    """The `kernels` with which `place` gives other weights the order that these have."""
+    leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    return "auto" if any(isinstance(leaf, QTensor) and leaf.layout == BLOCKS for leaf in leaves) else "xla"
+
+
+BLOCKS = "cpu32"  # the layout that native kernels read
 
 
 class _Placer:
-    def __init__(self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress):
+    def __init__(self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress, kernels: str = "auto"):
         self.source, self.mesh, self.plan, self.progress = source, mesh, plan, progress
+        self.native = kernels != "xla" and library.refusal(mesh.devices.flat[0].platform) is None
         self.info: dict[str, ParameterInfo] = parameters(plan.config)
         self.tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
         self.units = self._units()
@@ -403,12 +419,15 @@ class _Placer:
         # neither; of other parts a shard may well have one group, or one expert
         one = local[0]
         by_channel = isinstance(one, QTensor) and (one.group is None or one.order is not None)
+        blocked = isinstance(one, QTensor) and one.layout == BLOCKS
 
         def assemble(path, *leaves):
             shape = (1, *leaves[0].shape) if staged else leaves[0].shape
             shared = by_channel or path == INPUT_SCALE
-            kept = [n > 1 or i == 0 or e == EXPERT or not shared for i, (e, n) in enumerate(zip(mesh_axes, shape, strict=True))]
-            entries = [e if keep else None for e, keep in zip(mesh_axes, kept, strict=True)]
+            named = (*mesh_axes, *(None,) * (len(shape) - len(mesh_axes)))  # blocks have axes of their own behind these
+            last = int(staged) if blocked else 0  # of the axes that every part has in full
+            kept = [n > 1 or i <= last or e == EXPERT or not shared for i, (e, n) in enumerate(zip(named, shape, strict=True))]
+            entries = [e if keep else None for e, keep in zip(named, kept, strict=True)]
             times = [math.prod(self.mesh.shape[m] for m in ((e,) if isinstance(e, str) else e or ())) for e in entries]
             whole = tuple(n * t for n, t in zip(shape, times, strict=True))
             return self._put(leaves, devices, whole, NamedSharding(self.mesh, PartitionSpec(*entries)))
@@ -437,7 +456,21 @@ class _Placer:
                 self.read_names.add(name)
                 self.progress(len(self.read_names), len(self.info), name)
         whole = parts[0] if len(parts) == 1 else _joined(parts)
+        if isinstance(whole, QTensor) and self.in_blocks(names, whole, [part.shape[-2] for part in parts], whole.shape[-1]):
+            whole = qtensor.repack(whole, BLOCKS)
         return jax.tree.map(np.zeros_like, whole) if empty else whole
+
+    def in_blocks(self, names: Sequence[str], form: QTensor, outputs: Sequence[int], inputs: int) -> bool:
+        """Whether a shard of the named tensors is kept in the order of native kernels. form: with their format, group and dtypes; outputs:
+        of each."""
+        axes = self.info[names[0]].axes
+        if not self.native or "experts" in axes:  # whose matmuls are not native
+            return False
+        # every part and shard has whole blocks; a vocabulary that lies on one device may fill up its last one
+        shards = lambda axis: len(self.units.get(axis, ()))
+        if (axes[-2] != "vocab" or shards("vocab") > 1) and any(n % qtensor.CPU_BLOCK for n in outputs):
+            return False
+        return operands.refusal(form, over_shards=shards(axes[-1]) > 1) is None and qtensor.blocks_refusal(form, inputs) is None
 
 
 class _Shapes(_Placer):
@@ -455,6 +488,8 @@ class _Shapes(_Placer):
             shapes = shapes.replace(order=jax.ShapeDtypeStruct((*lead, 1, row.order.shape[-1]), row.order.dtype))
         if isinstance(row, QTensor) and row.input_scale is not None:
             shapes = shapes.replace(input_scale=jax.ShapeDtypeStruct((*lead, 1, 1), row.input_scale.dtype))
+        if isinstance(row, QTensor) and self.in_blocks(names, row, [shape[-2] for shape in wholes], row.shape[-1]):
+            shapes = jax.eval_shape(functools.partial(qtensor.repack, layout=BLOCKS), shapes)
         return shapes
 
     def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):

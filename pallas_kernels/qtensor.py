@@ -38,6 +38,7 @@ from pallas_kernels.value_formats import (
 FORMATS = tuple(VALUE_FORMATS)
 ROUNDED = tuple(name for name, kind in VALUE_FORMATS.items() if kind.top)  # formats that floats are rounded to
 LAYOUTS = ("canonical", "cpu32", "gpu")
+CPU_BLOCK, CPU_WORD = 32, 4  # outputs that cpu32 has side by side, and bytes of each
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,7 @@ class ActivationQuant:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("values", "scales", "zeros", "order", "input_scale"),
-    meta_fields=("format", "group", "layout", "activation"),
+    meta_fields=("format", "group", "layout", "activation", "outputs"),
 )
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class QTensor:
@@ -82,8 +83,8 @@ class QTensor:
     mxfp4. zeros: None, or like scales; see the module for its meaning. group: inputs per scale, None per channel (formats of a
     byte only). layout: canonical | cpu32 | gpu, see `repack`. activation: how inputs are quantised in matmuls with this weight,
     or None. order: of int4_ordered only, int32 [..., 1, I], which of the scales [..., O, groups] an input has, -1 for an input of
-    zeros; `group` is then how nibbles are packed. input_scale: float32 [..., 1, 1] where `activation` is static, else None.
-    Raises QuantizationError for an activation format that the weights have not.
+    zeros; `group` is then how nibbles are packed. input_scale: float32 [..., 1, 1] where `activation` is static, else None. outputs: O
+    where cpu32 has filled up its last block. Raises QuantizationError for an activation format that the weights have not.
     """
 
     values: jax.Array | np.ndarray
@@ -95,6 +96,7 @@ class QTensor:
     activation: ActivationQuant | None = None
     order: jax.Array | np.ndarray | None = None
     input_scale: jax.Array | np.ndarray | None = None
+    outputs: int | None = None
 
     def __post_init__(self):
         if self.activation is not None and self.activation.format == "fp8" and self.format != "fp8":
@@ -111,7 +113,7 @@ class QTensor:
         v = self.values.shape
         per_value = 2 if self.kind.nibbles else 1
         if self.layout == "cpu32":  # [..., O/32, I', 32, c]
-            return (*v[:-4], v[-4] * 32, v[-3] * v[-1] * per_value)
+            return (*v[:-4], self.outputs or v[-4] * CPU_BLOCK, v[-3] * v[-1] * per_value)
         if self.layout == "gpu":  # [..., I', O]
             return (*v[:-2], v[-1], v[-2] * per_value)
         return (*v[:-1], v[-1] * per_value)
@@ -303,8 +305,9 @@ def repack(q: QTensor, layout: str) -> QTensor:
     """The same weight in another memory layout; lossless.
 
     canonical: [O, I']. gpu: [I', O], outputs innermost, so that neighbouring threads read neighbouring outputs.
-    cpu32: [O/32, I'/c, 32, c] with c 4 (bytes, one 32-bit lane of a dot-product instruction) or 1 (nibbles), and scales
-    [O/32, groups, 32]: a core reads the weights of 32 outputs as one stream. Needs O to be a multiple of 32.
+    cpu32: [O/32, I'/4, 32, 4], and scales [O/32, groups, 32]: the words of 32 bits of 32 outputs side by side, as dot-product
+    instructions take them, so that a core reads one stream and no sum crosses lanes. Needs rows of whole words; where O is no multiple
+    of 32 the last block is filled with zeros.
     """
     if layout not in LAYOUTS:
         raise QuantizationError(f"layout {layout!r} is not one of {LAYOUTS}")
@@ -314,20 +317,49 @@ def repack(q: QTensor, layout: str) -> QTensor:
         raise QuantizationError(f"{q.format} has the canonical layout only, because its groups are no runs of inputs")
     if q.layout != "canonical" and layout != "canonical":
         return repack(repack(q, "canonical"), layout)
-    per_lane = 1 if q.kind.nibbles else 4
     if layout == "gpu" or q.layout == "gpu":
         turned = lambda a: a.swapaxes(-1, -2)
         return _map_parts(q, turned, turned, layout)
     if layout == "cpu32":
-        outputs, inputs = q.values.shape[-2:]
-        if outputs % 32 or inputs % per_lane:
-            raise QuantizationError(
-                f"cpu32 needs outputs in multiples of 32 and inputs of {per_lane}, got {outputs} x {inputs}"
-            )
-        tile = lambda a, c: a.reshape(*a.shape[:-2], -1, 32, a.shape[-1] // c, c).swapaxes(-3, -2)
-        return _map_parts(q, lambda v: tile(v, per_lane), lambda s: tile(s, 1)[..., 0], layout)
-    untile = lambda a: a.swapaxes(-3, -2).reshape(*a.shape[:-4], a.shape[-4] * 32, -1)
-    return _map_parts(q, untile, lambda s: untile(s[..., None]), layout)
+        if reason := blocks_refusal(q, q.shape[-1]):
+            raise QuantizationError(reason)
+        rows = q.values.shape[-2]
+        return _map_parts(
+            q,
+            lambda v: _in_blocks(v, CPU_WORD // v.dtype.itemsize),
+            lambda s: _in_blocks(s, 1)[..., 0],
+            layout,
+        ).replace(outputs=rows if rows % CPU_BLOCK else None)
+    rows = q.shape[-2]
+    untile = lambda a: a.swapaxes(-3, -2).reshape(*a.shape[:-4], a.shape[-4] * CPU_BLOCK, -1)[..., :rows, :]
+    return _map_parts(q, untile, lambda s: untile(s[..., None]), layout).replace(outputs=None)
+
+
+def blocks_refusal(q: QTensor, inputs: int) -> str | None:
+    """Why weights of so many inputs in the form of a QTensor have no cpu32 layout, or None."""
+    per_word = CPU_WORD * (2 if q.kind.nibbles else 1) // q.kind.dtype.itemsize
+    if inputs % per_word:
+        return f"cpu32 needs rows of whole words of {CPU_WORD} bytes, which hold {per_word} inputs; there are {inputs}"
+    return None
+
+
+def _in_blocks(a, per_word: int):
+    """[..., O, n] -> [..., O/32, n / per_word, 32, per_word], the last block filled with zeros."""
+    xp, (rows, n) = _namespace(a), a.shape[-2:]
+    if missing := -rows % CPU_BLOCK:
+        a = xp.concatenate([a, xp.zeros((*a.shape[:-2], missing, n), a.dtype)], -2)
+    words = a.reshape(*a.shape[:-2], -1, CPU_BLOCK, n // per_word, per_word)
+    if xp is np and per_word > 1:  # a word at a time: four times as fast as its bytes
+        packed = np.ascontiguousarray(np.ascontiguousarray(words).view(np.uint32).swapaxes(-3, -2))
+        return packed.view(a.dtype)
+    return xp.ascontiguousarray(words.swapaxes(-3, -2)) if xp is np else words.swapaxes(-3, -2)
+
+
+def cpu32_rows(q: QTensor, index) -> QTensor:
+    """Rows [..., I] of a cpu32 QTensor [O, I], as a canonical one: the outputs `index`, integers of any shape."""
+    block, row = index // CPU_BLOCK, index % CPU_BLOCK
+    rows = _map_parts(q, lambda v: v[block, :, row], lambda s: s[block, :, row], "canonical").replace(outputs=None)
+    return rows.replace(values=rows.values.reshape(*index.shape, -1))
 
 
 def _map_parts(q, on_values, on_scales, layout):
@@ -355,8 +387,7 @@ def concatenate(parts, axis: int = -2) -> QTensor:
     """Join canonical QTensors of one format along their outputs. Raises QuantizationError for parts that differ in more than numbers."""
     first = parts[0]
     if any(
-        (p.format, p.group, p.layout, p.activation) != (first.format, first.group, first.layout, first.activation)
-        for p in parts
+        (p.format, p.group, p.layout, p.activation) != (first.format, first.group, "canonical", first.activation) for p in parts
     ):
         raise QuantizationError("only weights of one format, group, layout and activation can be joined")
     xp, order = _namespace(first.values), first.order

@@ -7,6 +7,7 @@ from pallas_kernels.qtensor import QTensor
 
 FLOATS = ("float32", "bfloat16")
 SCALES = ("float32", "bfloat16", "float16")
+LAYOUTS = ("canonical", "cpu32")  # the second one is as it reads weights; the first one it turns into that order in every call
 PER_WEIGHT = 4  # operands of a weight: values, scales, zeros, bias
 
 
@@ -27,11 +28,11 @@ def weight(w, bias) -> tuple:
     return w.values, w.scales, nothing if w.zeros is None else w.zeros, given(bias)
 
 
-def groups(w) -> tuple[int, int]:
-    """Inputs that share a scale of the weight (0: all), and inputs that share an int8 scale (0: all, -1: they stay floats)."""
+def facts(w) -> tuple[int, int, int]:
+    """Inputs that share a scale of the weight (0: all), inputs that share an int8 scale (0: all, -1: they stay floats), and outputs."""
     if not isinstance(w, QTensor):
-        return 0, -1
-    return w.group or 0, -1 if w.activation is None else w.activation.group or 0
+        return 0, -1, 0 if w is None else w.shape[0]
+    return w.group or 0, -1 if w.activation is None else w.activation.group or 0, w.shape[0]
 
 
 def integers(*values: int):
@@ -62,8 +63,8 @@ def refusal_of(*, format, group, layout, activation, scales="float32", zeros=Non
     """`refusal` from what a weight is, without the weight."""
     if format not in ("int8", "int4"):
         return f"it multiplies {', '.join(FLOATS)}, int8 and int4 weights, not {format}"
-    if layout != "canonical":
-        return f"it reads the canonical layout, not {layout!r}"
+    if layout not in LAYOUTS:
+        return f"it reads the layouts {' and '.join(LAYOUTS)}, not {layout!r}"
     if group is not None and (group < 32 or group & (group - 1)):
         return f"it takes groups of 32, 64, 128 and further powers of two, not {group}"
     if scales not in SCALES or zeros not in (None, *SCALES, "int8", "uint8"):

@@ -130,7 +130,7 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
     for w, bias in zip(qkv, biases, strict=True):
         arguments += operands.weight(w, bias)
     arguments += operands.weight(weights.out, weights.out_bias)
-    groups = [operands.groups(w) for w in (*qkv, weights.out)]
+    facts = [operands.facts(w) for w in (*qkv, weights.out)]
     results = [_float(B, T, weights.out.shape[0]), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in caches)]
     # what a format has comes first among the arrays of a cache
     aliases = {} if cache is None else {_CACHE_OPERAND + i: 1 + i for i in range(len(caches))}
@@ -143,7 +143,7 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
             NORMS[spec.norm],
             parts,
             terms.causal,
-            *(n for pair in groups for n in pair),
+            *(n for of in facts for n in of),
         ),
         numbers=operands.numbers(spec.eps, spec.scale, spec.soft_cap or 0),
     )
@@ -194,11 +194,11 @@ def _mlp_block(spec, max_over_shards, x, weights, residual):
     for w, bias in zip(up, biases, strict=True):
         arguments += operands.weight(w, bias)
     arguments += operands.weight(weights.down, weights.down_bias)
-    groups = [n for w in (*up, weights.down) for n in operands.groups(w)]
+    facts = [n for w in (*up, weights.down) for n in operands.facts(w)]
     kind, activation = NORMS[spec.norm], ACTIVATIONS[spec.activation]
     return _call("jaxinfer_mlp_block", _float(*x.shape[:2], weights.down.shape[0]))(
         *arguments,
-        integers=operands.integers(*library.call_integers(), kind, activation, int(spec.gated), parts, *groups),
+        integers=operands.integers(*library.call_integers(), kind, activation, int(spec.gated), parts, *facts),
         numbers=operands.numbers(spec.eps),
     )
 
@@ -242,7 +242,7 @@ def _quant_matmul(max_over_shards, x, w, bias):
     return _call("jaxinfer_quant_matmul", _float(x.shape[0], w.shape[0]))(
         x.astype(jnp.float32),
         *operands.weight(w, bias),
-        integers=operands.integers(*library.call_integers(), *operands.groups(w)),
+        integers=operands.integers(*library.call_integers(), *operands.facts(w)),
     )
 
 

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.precision import dot_precision
-from pallas_kernels.qtensor import FORMATS, QTensor, packing_block
+from pallas_kernels.qtensor import FORMATS, QTensor, packing_block, repack
 from pallas_kernels.quant_matmul import reference
 from pallas_kernels.quantize import dequantize_activations, quantize_activations
 from pallas_kernels.value_formats import INT4_OFFSET
@@ -29,21 +29,21 @@ _LAST = (((1,), (1,)), ((), ()))  # contract the last axes: x [M, I], w [O, I] -
 
 
 def supports(target, facts) -> bool | str:
-    """Float weights run everywhere; QTensors on CPUs in the canonical layout."""
+    """Float weights run everywhere; QTensors on CPUs: in the layout cpu32, which is turned back in every call, they are slower."""
     if facts["format"] not in FORMATS:
         return True
     if facts["format"] not in ("int8", "int4"):
         return f"it multiplies float, int8 and int4 weights, not {facts['format']}, which the reference does"
     if target.platform != "cpu":
         return f"its {facts['format']} dots are made for CPUs, not for {target.platform}"
-    if facts["layout"] != "canonical":
+    if facts["layout"] not in ("canonical", "cpu32"):
         return f"it reads the canonical layout, not {facts['layout']!r}; use qtensor.repack"
     return True
 
 
 def quant_matmul(x, w, *, bias, max_over_shards):
     rows = x.reshape(-1, x.shape[-1])
-    y = _quantized(rows, w, max_over_shards) if isinstance(w, QTensor) else _dot(rows, w)
+    y = _quantized(rows, repack(w, "canonical"), max_over_shards) if isinstance(w, QTensor) else _dot(rows, w)
     y = y.reshape(*x.shape[:-1], w.shape[0])
     return y if bias is None else y + bias.astype(jnp.float32)
 

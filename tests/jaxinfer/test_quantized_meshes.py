@@ -14,11 +14,13 @@ import jaxinfer
 from jaxinfer import EngineConfig, QuantizationConfig
 from jaxinfer.engine import Engine
 from jaxinfer.loading import module_of, open_source
+from jaxinfer.memory import weight_bytes
 from jaxinfer.models.decoder import parameters
-from jaxinfer.placement import Placed
+from jaxinfer.placement import Placed, module_tensors, placed_shapes
 from jaxinfer.quantization.methods import Method
 from jaxinfer.quantization.policy import kept
 from jaxinfer.quantization.quantizer import Quantizer
+from pallas_kernels.qtensor import QTensor, repack
 from sharding.mesh import make_mesh
 
 LAYERS, HEAD_DIM = 2, 64  # groups of 64 hold whole heads, so that no mesh cuts one
@@ -59,10 +61,19 @@ def rows(weights: tuple) -> list[bytes]:
     return sorted(found)
 
 
+def packed(leaf: Any) -> bool:
+    return isinstance(leaf, QTensor)
+
+
+def canonical(weights: Any) -> Any:
+    """In one order: shards of whole blocks of outputs are kept in blocks, others are not."""
+    return jax.tree.map(lambda leaf: repack(leaf, "canonical") if packed(leaf) else leaf, weights, is_leaf=packed)
+
+
 def layers(placed: Placed) -> Iterator[Any]:
     for stage, count in enumerate(placed.plan.counts):
         for slot in range(count):
-            yield jax.tree.map(lambda a, stage=stage: np.asarray(a)[stage], placed.weights.layers[slot])
+            yield canonical(jax.tree.map(lambda a, stage=stage: np.asarray(a)[stage], placed.weights.layers[slot]))
 
 
 def check(model: jaxinfer.Decoder) -> None:
@@ -76,7 +87,24 @@ def check(model: jaxinfer.Decoder) -> None:
                 half, name = part.split(".")
                 get = lambda layer, half=half, name=name: getattr(getattr(layer, half), name)
                 jax.tree.map(np.testing.assert_array_equal, get(found), get(expected))
-        jax.tree.map(np.testing.assert_array_equal, spread.weights.embedding, alone.weights.embedding)
+        jax.tree.map(np.testing.assert_array_equal, canonical(spread.weights.embedding), canonical(alone.weights.embedding))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), *SIZES])
+def test_native_kernels_get_weights_in_their_order(dividing: TinyModel, tp: int, pp: int) -> None:
+    """Blocks of 32 outputs where every shard has whole ones, and a vocabulary that one device has whole; the plan knows it before."""
+    mesh = make_mesh(tensor=tp, stage=pp)
+    for form, layout in (("w4a8-g32", "cpu32"), ("w8a8", "cpu32"), ("fp8", "canonical")):
+        model = jaxinfer.load_model(dividing.folder, quantization=form)
+        placed = jaxinfer.place(model, mesh)
+        found = {leaf.layout for leaf in jax.tree.leaves(placed.weights.layers, is_leaf=packed) if packed(leaf)}
+        assert found == {layout}
+        assert placed.weights.embedding.layout == (layout if 96 // (tp * pp) % 32 == 0 else "canonical")
+        plain = jaxinfer.place(model, mesh, kernels="xla").weights
+        jax.tree.map(np.testing.assert_array_equal, canonical(placed.weights), plain)
+        described = lambda weights: jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding.spec), weights)
+        assert described(placed_shapes(module_tensors(model), mesh, config=model.config).weights) == described(placed.weights)
+        assert weight_bytes(module_tensors(model), mesh, placed.plan) * mesh.size == placed.nbytes
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -102,6 +102,21 @@ def test_quant_matmul(rng, native, form):
                 assert error < (2e-5 if form.endswith("-float") else 4e-7), (name, size, m, error)  # inputs of 16 bits
 
 
+@pytest.mark.parametrize("form", [form for form, kind in FORMS.items() if kind])
+def test_blocks(rng, native, form):
+    """The layout cpu32 and the canonical one give the same bits, and so does a row alone and among others."""
+    for outputs, inputs in ((37, 384), (64, 2176)):
+        w = make_weight(rng, form, outputs, inputs)
+        x = jnp.asarray(make_inputs(rng, w, 11))
+        run = lambda x, w: quant_matmul(x, w, implementation="native")
+        for name in native.instruction_sets if outputs == 37 else native.instruction_sets[:1]:
+            call = jittable(run, threads=2, instruction_set=name)
+            want = np.asarray(call(x, w))
+            np.testing.assert_array_equal(call(x, repack(w, "cpu32")), want, err_msg=name)
+            np.testing.assert_array_equal(call(x[:1], repack(w, "cpu32")), want[:1], err_msg=name)
+            np.testing.assert_array_equal(call(x[:6], w), want[:6], err_msg=name)
+
+
 def test_odd_outputs_and_inputs(rng, native):
     """Sizes that fill no vector, of floats: quantised inputs come in groups."""
     for outputs, inputs, dtype in ((1, 1, "float32"), (42, 257, "float32"), (33, 31, "bfloat16")):
@@ -135,8 +150,10 @@ def test_integer_zeros(rng, native):
     q = jax.tree.map(jnp.asarray, q.replace(zeros=rng.integers(0, 16, q.scales.shape).astype(np.uint8)))
     for m in (1, 40):
         x = make_inputs(rng, q, m)
-        for got in in_each_way(native, lambda x, w: quant_matmul(x, w, implementation="native"), x, q).values():
-            close(got, reference_matmul(x, q, 0.0), 2e-6)
+        for layout in ("canonical", "cpu32"):
+            run = lambda x, w: quant_matmul(x, w, implementation="native")
+            for got in in_each_way(native, run, x, repack(q, layout)).values():
+                close(got, reference_matmul(x, q, 0.0), 2e-6)
 
 
 # --- attention_block
@@ -505,25 +522,21 @@ def test_on_several_devices_at_once(rng):
 
 
 def test_refusals(rng):
-    x = jnp.zeros((1, 80))
+    x = jnp.zeros((1, 96))
     for w, words in (
         (jnp.zeros((3, 80), jnp.float16), "float16"),
-        (make_weight(rng, "int4-32", 32, 96).replace(layout="cpu32"), "canonical layout"),
+        (repack(make_weight(rng, "int4-32", 32, 96), "gpu"), "layouts canonical and cpu32"),
         (round_to_nearest(np.ones((3, 80), np.float32), format="int4", group=16), "groups of 32"),
         (
             round_to_nearest(np.ones((3, 80), np.float32), format="int8", activation=ActivationQuant(group=40)),
             "multiple of 32 inputs",
         ),
     ):
-        if isinstance(w, QTensor) and w.layout == "cpu32":
-            w = repack(w.replace(layout="canonical"), "cpu32")
-            x = jnp.zeros((1, 96))
         with pytest.raises(BackendError, match=words):
             quant_matmul(x[:, : w.shape[1]], w, implementation="native")
-        x = jnp.zeros((1, 80))
     token = round_to_nearest(np.ones((3, 80), np.float32), format="int8", activation=ActivationQuant(group=None))
     with pytest.raises(BackendError, match="collective"):
-        quant_matmul(x, token, max_over_shards=lambda a: a, implementation="native")
+        quant_matmul(x[:, :80], token, max_over_shards=lambda a: a, implementation="native")
     with pytest.raises(BackendError, match="for CPUs"):
         choose("argmax", "native", Target(platform="gpu", device_kind="NVIDIA H100"), shape=(1, 2), dtype=jnp.dtype("float32"))
 
@@ -537,7 +550,7 @@ def test_what_native_refuses_takes_another_path(rng):
 def test_the_handler_checks_its_arguments():
     empty = operands.given(None)
     call = jax.ffi.ffi_call("jaxinfer_quant_matmul", jax.ShapeDtypeStruct((1, 3), jnp.float32))
-    integers = operands.integers(0, 1, 0, -1)
+    integers = operands.integers(0, 1, 0, -1, 3)
     with pytest.raises(jax.errors.JaxRuntimeError, match=r"x must be float32 \[rows, inputs\]"):
         call(jnp.zeros((1, 5)), jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
     with pytest.raises(jax.errors.JaxRuntimeError, match="bias has the wrong dtype or shape"):
@@ -549,8 +562,24 @@ def test_the_handler_checks_its_arguments():
             jnp.ones((3, 4)),
             empty,
             empty,
-            integers=operands.integers(0, 1, 16, -1),
+            integers=operands.integers(0, 1, 16, -1, 3),
         )
+
+    blocks = jnp.zeros((2, 16, 32, 4), jnp.int8)
+    for shape, scales, outputs, words in (
+        ((2, 16, 32, 4), (2, 1, 32), 32, "as many blocks as its outputs fill"),
+        ((2, 16, 16, 8), (2, 1, 32), 64, r"\[blocks, words, 32, 4\]"),
+        ((2, 16, 32, 4), (64, 1), 64, "scales has the wrong dtype or shape"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+            call(
+                jnp.zeros((1, 64)),
+                blocks.reshape(shape),
+                jnp.ones(scales),
+                empty,
+                empty,
+                integers=operands.integers(0, 1, 0, -1, outputs),
+            )
 
 
 def test_options(native):

@@ -10,6 +10,7 @@ from pallas_kernels.qtensor import (
     ActivationQuant,
     QTensor,
     concatenate,
+    cpu32_rows,
     dequantize,
     levels,
     pack_int4,
@@ -121,8 +122,22 @@ def test_cpu32_streams_the_outputs_of_a_block():
     packed = repack(q, "cpu32").values
     assert packed.shape == (2, 2, 32, 4)
     np.testing.assert_array_equal(packed[1, 0, 5], q.values[32 + 5, :4])
-    with pytest.raises(QuantizationError, match="multiples of 32"):
-        repack(round_to_nearest(np.ones((33, 8), np.float32), format="int8"), "cpu32")
+    with pytest.raises(QuantizationError, match="whole words"):
+        repack(round_to_nearest(np.ones((32, 42), np.float32), format="int8"), "cpu32")
+
+
+@forms
+def test_cpu32_fills_its_last_block(rng, form):
+    for lead in ((), (2,)):
+        q = round_to_nearest(weight(rng, *lead, 37, 384), **form)
+        there = repack(q, "cpu32")
+        assert there.shape == q.shape and there.values.shape[len(lead)] == 2
+        assert not np.asarray(there.scales)[..., 1, :, 5:].any()
+        same(repack(there, "canonical"), q)
+        same(jax.jit(lambda q: repack(repack(q, "cpu32"), "canonical"))(q), q)
+        if not lead:
+            index = rng.integers(0, 37, (2, 3))
+            same(cpu32_rows(there, index), jax.tree.map(lambda a, index=index: a[index], q))
 
 
 @forms

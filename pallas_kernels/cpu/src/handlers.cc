@@ -74,21 +74,33 @@ bool cell_of(ffi::DataType type, Cell* cell) {
   }
 }
 
-// A weight is four operands (values, scales, zeros, bias) and two integers (inputs that share a scale; that share an input scale).
-Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, int64_t group, int64_t input_group) {
+// A weight is four operands (values, scales, zeros, bias) and three integers (inputs that share a scale; that share an input scale; outputs).
+// Values are [outputs, inputs], or in blocks [blocks, words, 32, 4] with scales [blocks, groups, 32].
+constexpr size_t kWeightOperands = 4, kWeightIntegers = 3;
+
+Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, const Integers& integers, size_t at) {
+  const int64_t group = integers[at], input_group = integers[at + 1];
   const Array values = argument(check, args, first, "values"), scales = argument(check, args, first + 1, "scales");
   const Array zeros = argument(check, args, first + 2, "zeros"), bias = argument(check, args, first + 3, "bias");
   Linear w;
-  check.require(values.dims.size() == 2, "a weight must be [outputs, inputs]");
+  w.blocked = values.dims.size() == 4;
+  w.outputs = integers[at + 2];
+  check.require(w.blocked || (values.dims.size() == 2 && values.dims[0] == w.outputs), "a weight must be [outputs, inputs] or [blocks, words, 32, 4]");
   if (!check.ok()) return w;
-  w.outputs = values.dims[0];
-  w.inputs = values.dims[1];
+  const int64_t blocks = values.dims[0];
+  check.require(!w.blocked || (values.dims[2] == 32 && values.dims[3] == 4 && (w.outputs + 31) / 32 == blocks),
+                "a weight in blocks must be [blocks, words, 32, 4] with as many blocks as its outputs fill");
+  if (!check.ok()) return w;
+  w.inputs = w.blocked ? values.dims[1] * 4 : values.dims[1];
   w.values = values.data;
   bias.check(check, ffi::DataType::F32, {w.outputs});
   w.bias = bias.as<float>();
   switch (values.type) {
-    case ffi::DataType::F32: w.format = Format::f32; return w;
-    case ffi::DataType::BF16: w.format = Format::bf16; return w;
+    case ffi::DataType::F32:
+    case ffi::DataType::BF16:
+      check.require(!w.blocked, "blocks are of int8 or int4 levels");
+      w.format = values.type == ffi::DataType::F32 ? Format::f32 : Format::bf16;
+      return w;
     case ffi::DataType::S8: w.format = Format::i8; break;
     case ffi::DataType::U8:
       w.format = Format::i4;
@@ -105,11 +117,12 @@ Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, int64_
   if (!check.ok()) return w;
   const int64_t groups = group > 0 ? w.inputs / group : 1;
   check.require(scales.given() && cell_of(scales.type, &w.scale_cell) && w.scale_cell <= Cell::f16, "scales must be float32, bfloat16 or float16");
-  scales.check(check, scales.type, {w.outputs, groups});
+  const auto per_group = [&](const Array& a) { w.blocked ? a.check(check, a.type, {blocks, groups, 32}) : a.check(check, a.type, {w.outputs, groups}); };
+  per_group(scales);
   w.scales = scales.data;
   if (zeros.given()) {
     check.require(w.format == Format::i4 && cell_of(zeros.type, &w.zero_cell) && w.zero_cell <= Cell::u8, "zeros belong to int4 weights, as floats or 8-bit integers");
-    zeros.check(check, zeros.type, {w.outputs, groups});
+    per_group(zeros);
     w.zeros = zeros.data;
   }
   return w;
@@ -189,12 +202,12 @@ Terms terms_of(Check& check, const ffi::RemainingArgs& args, size_t first, bool 
 }
 
 // Operands: x, residual, positions, rows, write, cos, sin, window; a cache; norm, its bias, norms of q and k; terms; weights of q, k, v, out.
-// integers: level, threads, head_dim, query heads per kv head, norm kind, parts of qkv, causal, then (group, input group) of q, k, v and
-// out. numbers: eps, scale, soft cap (0: none).
+// integers: level, threads, head_dim, query heads per kv head, norm kind, parts of qkv, causal, then those of q, k, v and out, see
+// linear. numbers: eps, scale, soft cap (0: none).
 ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Integers integers, Numbers numbers) {
   constexpr size_t kFirst = 8, kNorms = kFirst + kCacheArrays, kFirstTerm = kNorms + 4, kWeights = kFirstTerm + kTerms;
   Check check;
-  check.require(integers.size() == 15 && numbers.size() == 3 && args.size() == kWeights + 16, "the library and its caller are of different versions");
+  check.require(integers.size() == 7 + 4 * kWeightIntegers && numbers.size() == 3 && args.size() == kWeights + 4 * kWeightOperands, "the library and its caller are of different versions");
   if (!check.ok()) return check.error("attention_block");
   const char* const names[kFirstTerm] = {"x",      "residual",    "positions",   "rows",        "write",       "cos",         "sin",
                                          "window", kCacheNames[0], kCacheNames[1], kCacheNames[2], kCacheNames[3], kCacheNames[4], kCacheNames[5],
@@ -217,11 +230,11 @@ ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Inte
   if (!check.ok()) return check.error("attention_block");
   int64_t columns = 0;
   for (int p = 0; p < c.parts; ++p) {
-    c.qkv[p] = linear(check, args, kWeights + 4 * p, integers[7 + 2 * p], integers[8 + 2 * p]);
+    c.qkv[p] = linear(check, args, kWeights + kWeightOperands * p, integers, 7 + kWeightIntegers * p);
     check.require(c.qkv[p].inputs == c.embed, "qkv must have as many inputs as x");
     columns += c.qkv[p].outputs;
   }
-  c.out = linear(check, args, kWeights + 12, integers[13], integers[14]);
+  c.out = linear(check, args, kWeights + 3 * kWeightOperands, integers, 7 + 3 * kWeightIntegers);
   check.require(columns > 0 && columns % ((group + 2) * c.head_dim) == 0, "qkv is not made of whole heads");
   if (!check.ok()) return check.error("attention_block");
   c.kv_heads = columns / ((group + 2) * c.head_dim);
@@ -309,10 +322,10 @@ ffi::Error Attention(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataT
   return run("attention", table->attention, c);
 }
 
-// integers: level, threads, norm kind, activation, gated, parts of up, then (group, input group) of gate, up and down. numbers: eps.
+// integers: level, threads, norm kind, activation, gated, parts of up, then those of gate, up and down. numbers: eps.
 ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers, Numbers numbers) {
   Check check;
-  check.require(integers.size() == 12 && numbers.size() == 1 && args.size() == 16, "the library and its caller are of different versions");
+  check.require(integers.size() == 6 + 3 * kWeightIntegers && numbers.size() == 1 && args.size() == 16, "the library and its caller are of different versions");
   if (!check.ok()) return check.error("mlp_block");
   const ffi::DataType f32 = ffi::DataType::F32;
   const Array x = argument(check, args, 0, "x"), residual = argument(check, args, 1, "residual");
@@ -328,14 +341,15 @@ ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataTy
   c.gated = integers[4] != 0;
   c.parts = static_cast<int>(integers[5]);
   for (int p = 0; p < c.parts; ++p) {
-    c.up[p] = linear(check, args, 4 + 4 * p, integers[6 + 2 * p], integers[7 + 2 * p]);
+    c.up[p] = linear(check, args, 4 + kWeightOperands * p, integers, 6 + kWeightIntegers * p);
     check.require(c.up[p].inputs == c.embed, "gate and up must have as many inputs as x");
   }
-  c.down = linear(check, args, 12, integers[10], integers[11]);
+  c.down = linear(check, args, 12, integers, 6 + 2 * kWeightIntegers);
   c.width = c.down.inputs;
   const bool joined = c.gated && c.parts == 1;
   check.require(c.gated || c.parts == 1, "an ungated MLP has one weight before its activation");
   for (int p = 0; p < c.parts; ++p) check.require(c.up[p].outputs == (joined ? 2 : 1) * c.width, "gate and up must have as many outputs as down has inputs");
+  check.require(!joined || !c.up[0].blocked || c.width % 32 == 0, "gate and up in one array of blocks must have whole blocks each");
   norm.check(check, f32, {c.embed});
   norm_bias.check(check, f32, {c.embed});
   residual.check(check, f32, {x.dims[0], x.dims[1], c.down.outputs});
@@ -346,16 +360,16 @@ ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataTy
   return run("mlp_block", table->mlp_block, c);
 }
 
-// integers: level, threads, group, input group.
+// integers: level, threads, then those of the weight.
 ffi::Error Matmul(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers) {
   Check check;
-  check.require(integers.size() == 4 && args.size() == 5, "the library and its caller are of different versions");
+  check.require(integers.size() == 2 + kWeightIntegers && args.size() == 5, "the library and its caller are of different versions");
   if (!check.ok()) return check.error("quant_matmul");
   const Array x = argument(check, args, 0, "x");
   const Kernels* const table = kernels(check, integers[0]);
   MatmulCall c;
   c.threads = static_cast<int>(integers[1]);
-  c.w = linear(check, args, 1, integers[2], integers[3]);
+  c.w = linear(check, args, 1, integers, 2);
   check.require(x.dims.size() == 2 && x.type == ffi::DataType::F32 && x.dims[1] == c.w.inputs, "x must be float32 [rows, inputs]");
   if (!check.ok()) return check.error("quant_matmul");
   c.rows = x.dims[0];

@@ -10,9 +10,11 @@ enum class Cell : int32_t { f32, bf16, f16, i8, u8, f8, i4 };
 // How a weight is stored: floats, int8 levels, or two 4-bit levels a byte (see pallas_kernels/qtensor.py).
 enum class Format : int32_t { f32, bf16, i8, i4 };
 
-// A canonical weight [outputs, inputs]: row o holds what output o reads. Scales [outputs, groups].
+// A weight [outputs, inputs]: row o holds what output o reads. Scales [outputs, groups]. Blocked: levels in blocks of 32 outputs, see
+// levels.inc; the last block is filled up, rows past the outputs are read and not used.
 struct Linear {
   Format format = Format::f32;
+  bool blocked = false;
   int64_t outputs = 0, inputs = 0;
   const void* values = nullptr;
   const void* scales = nullptr;  // null for floats
