@@ -99,7 +99,9 @@ def test_native_kernels_get_weights_in_their_order(dividing: TinyModel, tp: int,
         placed = jaxinfer.place(model, mesh)
         found = {leaf.layout for leaf in jax.tree.leaves(placed.weights.layers, is_leaf=packed) if packed(leaf)}
         assert found == {layout}
-        assert placed.weights.embedding.layout == ("cpu32" if 96 // (tp * pp) % 32 == 0 else "canonical")  # of int8 in each form
+        assert placed.weights.embedding.layout == (
+            "cpu32" if 96 // (tp * pp) % 32 == 0 else "canonical"
+        )  # of int8 in each form
         plain = jaxinfer.place(model, mesh, kernels="xla").weights
         jax.tree.map(np.testing.assert_array_equal, canonical(placed.weights), plain)
         described = lambda weights: jax.tree.map(lambda a: (a.shape, a.dtype, a.sharding.spec), weights)
