@@ -417,16 +417,21 @@ class _Placer:
 
         # a scale per channel has one column, which no shard of the inputs divides, an order one row for all outputs, and a scale of inputs
         # neither; of other parts a shard may well have one group, or one expert
-        one = local[0]
-        by_channel = isinstance(one, QTensor) and (one.group is None or one.order is not None)
-        blocked = isinstance(one, QTensor) and one.layout == BLOCKS
+        first = local[0]
+        by_channel = isinstance(first, QTensor) and (first.group is None or first.order is not None)
+        blocked = isinstance(first, QTensor) and first.layout == BLOCKS
 
         def assemble(path, *leaves):
             shape = (1, *leaves[0].shape) if staged else leaves[0].shape
             shared = by_channel or path == INPUT_SCALE
             named = (*mesh_axes, *(None,) * (len(shape) - len(mesh_axes)))  # blocks have axes of their own behind these
             last = int(staged) if blocked else 0  # of the axes that every part has in full
-            kept = [n > 1 or i <= last or e == EXPERT or not shared for i, (e, n) in enumerate(zip(named, shape, strict=True))]
+            one = (
+                qtensor.CPU_BLOCK if blocked and len(shape) == len(mesh_axes) else 1
+            )  # of scales in blocks, the size of a group
+            kept = [
+                n > one or i <= last or e == EXPERT or not shared for i, (e, n) in enumerate(zip(named, shape, strict=True))
+            ]
             entries = [e if keep else None for e, keep in zip(named, kept, strict=True)]
             times = [math.prod(self.mesh.shape[m] for m in ((e,) if isinstance(e, str) else e or ())) for e in entries]
             whole = tuple(n * t for n, t in zip(shape, times, strict=True))

@@ -305,9 +305,10 @@ def repack(q: QTensor, layout: str) -> QTensor:
     """The same weight in another memory layout; lossless.
 
     canonical: [O, I']. gpu: [I', O], outputs innermost, so that neighbouring threads read neighbouring outputs.
-    cpu32: [O/32, I'/4, 32, 4], and scales [O/32, groups, 32]: the words of 32 bits of 32 outputs side by side, as dot-product
+    cpu32: [O/32, I'/4, 32, 4], and scales [O/32, groups * 32]: the words of 32 bits of 32 outputs side by side, as dot-product
     instructions take them, so that a core reads one stream and no sum crosses lanes. Needs rows of whole words; where O is no multiple
-    of 32 the last block is filled with zeros.
+    of 32 the last block is filled with zeros. An axis for the groups, which may be one, would be an axis that XLA places as it likes,
+    and copies the scales for.
     """
     if layout not in LAYOUTS:
         raise QuantizationError(f"layout {layout!r} is not one of {LAYOUTS}")
@@ -327,12 +328,17 @@ def repack(q: QTensor, layout: str) -> QTensor:
         return _map_parts(
             q,
             lambda v: _in_blocks(v, CPU_WORD // v.dtype.itemsize),
-            lambda s: _in_blocks(s, 1)[..., 0],
+            lambda s: _in_blocks(s, 1).reshape(*s.shape[:-2], -(-rows // CPU_BLOCK), -1),
             layout,
         ).replace(outputs=rows if rows % CPU_BLOCK else None)
     rows = q.shape[-2]
     untile = lambda a: a.swapaxes(-3, -2).reshape(*a.shape[:-4], a.shape[-4] * CPU_BLOCK, -1)[..., :rows, :]
-    return _map_parts(q, untile, lambda s: untile(s[..., None]), layout).replace(outputs=None)
+    return _map_parts(q, untile, lambda s: untile(_by_group(s)[..., None]), layout).replace(outputs=None)
+
+
+def _by_group(scales):
+    """Scales of cpu32 [..., O/32, groups * 32] -> [..., O/32, groups, 32]."""
+    return scales.reshape(*scales.shape[:-1], -1, CPU_BLOCK)
 
 
 def blocks_refusal(q: QTensor, inputs: int) -> str | None:
@@ -358,7 +364,7 @@ def _in_blocks(a, per_word: int):
 def cpu32_rows(q: QTensor, index) -> QTensor:
     """Rows [..., I] of a cpu32 QTensor [O, I], as a canonical one: the outputs `index`, integers of any shape."""
     block, row = index // CPU_BLOCK, index % CPU_BLOCK
-    rows = _map_parts(q, lambda v: v[block, :, row], lambda s: s[block, :, row], "canonical").replace(outputs=None)
+    rows = _map_parts(q, lambda v: v[block, :, row], lambda s: _by_group(s)[block, :, row], "canonical").replace(outputs=None)
     return rows.replace(values=rows.values.reshape(*index.shape, -1))
 
 

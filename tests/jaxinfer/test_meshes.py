@@ -128,6 +128,9 @@ def test_quantised_weights_stay_packed(wide) -> None:
         engine = jaxinfer.init_inference(folder, small | {"quantization": spec})
         model = jaxinfer.load_model(folder, quantization=spec)
         assert least < size(engine.params) / whole < most
-        assert size(model.weights()) == size(engine.params)
+        # blocks of native kernels are whole; XLA has nothing to fill up
+        assert size(model.weights()) <= size(engine.params) < 1.1 * size(model.weights())
+        plain = jaxinfer.init_inference(folder, small | {"quantization": spec, "kernels": "xla"})
+        assert size(model.weights()) == size(plain.params)
         again = jaxinfer.init_inference(model, small)
         jax.tree.map(np.testing.assert_array_equal, again.params, engine.params)

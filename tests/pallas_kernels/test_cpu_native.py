@@ -567,8 +567,8 @@ def test_the_handler_checks_its_arguments():
 
     blocks = jnp.zeros((2, 16, 32, 4), jnp.int8)
     for shape, scales, outputs, words in (
-        ((2, 16, 32, 4), (2, 1, 32), 32, "as many blocks as its outputs fill"),
-        ((2, 16, 16, 8), (2, 1, 32), 64, r"\[blocks, words, 32, 4\]"),
+        ((2, 16, 32, 4), (2, 32), 32, "as many blocks as its outputs fill"),
+        ((2, 16, 16, 8), (2, 32), 64, r"\[blocks, words, 32, 4\]"),
         ((2, 16, 32, 4), (64, 1), 64, "scales has the wrong dtype or shape"),
     ):
         integers = operands.integers(0, 1, 0, -1, outputs)

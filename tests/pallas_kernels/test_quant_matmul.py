@@ -161,7 +161,8 @@ def test_what_a_gpu_takes():
     weight = {"outputs": 8, "inputs": 64, "group": None, "layout": "canonical", "activation": None, "zeros": None}
     facts = {**weight, "format": "int8", "rows": 32}
     assert choose("quant_matmul", target=gpu, **facts).name == "pallas"
-    assert choose("quant_matmul", target=gpu, **{**facts, "format": "nf4", "group": 64}).name == "reference"
+    assert choose("quant_matmul", target=gpu, **{**facts, "format": "nf4", "group": 64}).name == "pallas"
+    assert choose("quant_matmul", target=gpu, **{**facts, "format": "int4_ordered", "group": 64}).name == "reference"
     assert choose("quant_matmul", target=gpu, **{**facts, "format": "bfloat16", "rows": 1}).name == "pallas"
     assert choose("quant_matmul", target=gpu, **{**facts, "format": "bfloat16"}).name == "xla"
     assert choose("quant_matmul", target=gpu, **{**facts, "format": "float32", "rows": 1}).name == "xla"

@@ -75,7 +75,7 @@ bool cell_of(ffi::DataType type, Cell* cell) {
 }
 
 // A weight is four operands (values, scales, zeros, bias) and three integers (inputs that share a scale; that share an input scale; outputs).
-// Values are [outputs, inputs], or in blocks [blocks, words, 32, 4] with scales [blocks, groups, 32].
+// Values are [outputs, inputs], or in blocks [blocks, words, 32, 4] with scales [blocks, groups * 32].
 constexpr size_t kWeightOperands = 4, kWeightIntegers = 3;
 
 Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, const Integers& integers, size_t at) {
@@ -117,7 +117,7 @@ Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, const 
   if (!check.ok()) return w;
   const int64_t groups = group > 0 ? w.inputs / group : 1;
   check.require(scales.given() && cell_of(scales.type, &w.scale_cell) && w.scale_cell <= Cell::f16, "scales must be float32, bfloat16 or float16");
-  const auto per_group = [&](const Array& a) { w.blocked ? a.check(check, a.type, {blocks, groups, 32}) : a.check(check, a.type, {w.outputs, groups}); };
+  const auto per_group = [&](const Array& a) { w.blocked ? a.check(check, a.type, {blocks, groups * 32}) : a.check(check, a.type, {w.outputs, groups}); };
   per_group(scales);
   w.scales = scales.data;
   if (zeros.given()) {
