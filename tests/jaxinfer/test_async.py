@@ -121,6 +121,7 @@ def test_ctrl_c(make_engine, greedy) -> None:
     assert idle(engine)
 
 
+@pytest.mark.slow
 def test_two_engines_in_two_threads(engine, make_engine, greedy, sampled) -> None:
     """On the same devices, both with collectives."""
     engines = [engine, make_engine(tp=2), make_engine(tp=2, pp=2)]
@@ -162,6 +163,7 @@ def test_other_weights(tiny, tiny_decoder, compiled, greedy) -> None:
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [{}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}], ids=str)
 def test_other_weights_where_memory_is_short(tiny, tiny_decoder, greedy, monkeypatch, sizes) -> None:
     """No second copy: a layer goes before the next one comes. What fails half way leaves a closed engine."""

@@ -504,6 +504,7 @@ def test_interrupting_is_quiet(folder, tmp_path):
     assert child.returncode == 130 and err == "jaxinfer: interrupted\n"
 
 
+@pytest.mark.slow
 def test_a_mesh_of_cpu_devices(folder):
     arguments = ("generate", folder, "--prompt-ids", IDS, "--max-tokens", 4, "--ignore-eos", "--tp", 2)
     child = process(*arguments, "--cpu-devices", 2, "--max-length", 16, "--micro-batch-size", 1)

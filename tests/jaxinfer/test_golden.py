@@ -29,10 +29,10 @@ TOLERANCE = 1e-4
 # One of each family, with the most that it has. On a mesh of stages the first slot of qwen2_window holds layers with and without a window.
 ONE_EACH = {"odd_shape", "mistral_window", "qwen2_window", "qwen3_window", "gpt2", "phi3_partial_longrope", "gemma2"}
 ONE_EACH |= {"qwen3_moe_mixed"}  # layers with experts and without
-# An engine compiles for seconds. By default those cases that the loop itself could get wrong: cached keys of rotary tables that change
-# with the length, odd sizes, a shared head, learned positions, windows. The logits tell the others apart.
+# An engine compiles for seconds. By default a few cases that the loop itself could get wrong: cached keys of rotary tables that change
+# with the length, learned positions, windows, experts. The logits tell the others apart.
 GROWING = {"odd_shape", "dynamic", "longrope", "phi3_longrope_crossing"}
-QUICK_GREEDY = GROWING | {"gpt2", "gemma2", "qwen2_window", "mixtral"}
+QUICK_GREEDY = {"dynamic", "gpt2", "gemma2", "mixtral"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -59,6 +59,7 @@ def check(done: subprocess.CompletedProcess[str], engine, ranks: int) -> None:
     assert answer["devices"] == [1, ranks]
 
 
+@pytest.mark.slow
 def test_two_processes_say_what_one_does(tiny, engine):
     check(launched(tiny.folder, 2, {"tensor_parallel_size": 2}), engine, 2)
 

@@ -171,6 +171,7 @@ def test_packed_mixtrals_are_read(folder: Path, tmp_path: Path, form: str) -> No
         near(found, want)
 
 
+@pytest.mark.slow
 def test_fused_and_old_layouts(folder: Path, expected: np.ndarray, tmp_path: Path) -> None:
     """Gate and up of all experts in one tensor, as transformers 5 holds them; and GGUF files with a tensor for each expert."""
     config = golden_weights.load_case("mixtral")["config"]

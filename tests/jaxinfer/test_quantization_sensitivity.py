@@ -21,6 +21,7 @@ from jaxinfer.quantization.sensitivity import Choice, allocate, allocate_to_loss
 from jaxinfer.quantizing import compare
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True])
 def test_estimates_are_near_what_is_measured(tiny_model: Callable[..., TinyModel], tied: bool) -> None:
     """One matrix at a time in INT4: the KL divergence on fresh tokens of the model's own is what was predicted, within a factor."""

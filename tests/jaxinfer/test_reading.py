@@ -131,6 +131,7 @@ def expected(crossing: Path) -> Callable[[list[int], int, float], list[int]]:
 LONG = [[*range(3, 15)], [*range(20, 51)], [*range(5, 37)], [*range(30, 63)], [9]]  # 12, 31, 32, 33 and 1 tokens
 
 
+@pytest.mark.slow
 def test_rows_that_cross(make_crossing, expected, read) -> None:
     """In a batch, with fewer slots than rows and other knobs; streamed; a row is read again once, when it crosses."""
     params = [SamplingParams(max_tokens=30, repetition_penalty=1.4), *[SamplingParams(max_tokens=n) for n in (1, 25, 25, 12)]]

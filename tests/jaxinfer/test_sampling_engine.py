@@ -85,7 +85,8 @@ def test_a_mixed_batch_equals_single_rows(engine, alone, knobs) -> None:
     assert tokens_of([engine.generate(PROMPTS[6], GREEDY)]) == [alone[6]]  # nothing is left behind in its slot
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), pytest.param(2, 2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2), (2, 2)])
 def test_on_meshes(make_engine, alone, knobs, tp: int, pp: int) -> None:
     assert tokens_of(make_engine(tp=tp, pp=pp, micro_batch_size=2).generate(PROMPTS, knobs)) == alone
 
@@ -119,6 +120,7 @@ def test_a_processor_is_compiled_once(engine, compiled, greedy, logits_of) -> No
     assert not compiled
 
 
+@pytest.mark.slow
 def test_more_processors_than_are_remembered(tiny, monkeypatch) -> None:
     """Functions that come and go while one runs: each row has its own."""
 

@@ -166,6 +166,7 @@ SHAPES = {
     "many-queries": (64, 1, 9, 64, 32, "rms", True, None, 150),
     "no-rotation": (64, 3, 2, 64, 0, "layer", False, None, None),
 }
+QUICK = ("llama", "gemma")  # whose caches of fewer bits are tested by default
 # batch, tokens, first position
 CALLS = {
     "first": (1, 1, 0),
@@ -253,8 +254,14 @@ def test_attention_block_after_bfloat16_weights(rng, native, shape):
         close(got, want, 0.02)
 
 
-@pytest.mark.parametrize("cached", TOLERANCES)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "cached"),
+    [
+        pytest.param(shape, cached, marks=pytest.mark.slow if cached in ("fp8", "int4") and shape not in QUICK else ())
+        for shape in SHAPES
+        for cached in TOLERANCES
+    ],
+)
 def test_attention_block(rng, native, shape, cached):
     # two kinds of calls each, so that every kind meets every shape and every cache
     turn = list(SHAPES).index(shape) + 2 * list(TOLERANCES).index(cached)

@@ -124,6 +124,7 @@ def test_compiles(gpu, name, dtype):
         assert kernel.tensor_cores or dtype == "float32", kernel
 
 
+@pytest.mark.slow
 def test_no_program_holds_all_scores():
     """Forward and backward, the largest array has J^2 N H elements; the reference's has J^3 N, which shows that it would be found."""
     J, N, H = 256, 4, 32

@@ -107,6 +107,7 @@ def test_a_clock_takes_the_median(monkeypatch):
     assert tuner.clock(lambda x: x, [jnp.ones(1)]) == 2  # of 5, 1, 3, 1.5 and 2
 
 
+@pytest.mark.slow
 def test_what_kernels_ask_for(rng):
     w = jax.tree.map(jnp.asarray, round_to_nearest(rng.standard_normal((32, 64)).astype(np.float32), format="int8"))
     cache = LayerCache.zeros(rows=2, kv_heads=1, tokens=32, head_dim=16, dtype=jnp.bfloat16)

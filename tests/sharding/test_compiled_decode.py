@@ -118,6 +118,7 @@ def test_on_cpu_devices(stage, tensor, quantized):
     check(placed, program.compile().as_text(), state)
 
 
+@pytest.mark.slow
 def test_slots_that_a_stage_jumps_over():
     """A conditional around a layer and its cache: no collective more, and no copy of either."""
     mesh = make_mesh(stage=2, tensor=2)
@@ -130,13 +131,14 @@ def test_slots_that_a_stage_jumps_over():
     check(placed, lowered_prefill(placed, rows=4).compile().as_text(), program="prefill")
 
 
-@pytest.mark.parametrize(("stage", "hosts", "tensor"), [(1, 2, 4), (2, 2, 2)])
+@pytest.mark.parametrize(("stage", "hosts", "tensor"), [(1, 2, 4), pytest.param(2, 2, 2, marks=pytest.mark.slow)])
 def test_with_tensor_shards_on_two_hosts(stage, hosts, tensor):
     placed = place(decoder(False), make_mesh(stage=stage, tensor_hosts=hosts, tensor=tensor))
     program, state = lowered(placed, batch=2)
     check(placed, program.compile().as_text(), state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("data", "stage", "tensor"), [(2, 2, 2)])
 def test_with_data_shards(data, stage, tensor):
     placed = place(decoder(False), make_mesh(data=data, stage=stage, tensor=tensor))
@@ -159,13 +161,10 @@ def test_reading_prompts(config, stage, expert, hosts, tensor):
     check(placed, lowered_prefill(placed, rows=4).compile().as_text(), program="prefill")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "expert", "tensor", "quantized"),
-    [
-        (1, 2, 2, False),
-        pytest.param(2, 2, 2, False, marks=pytest.mark.slow),
-        pytest.param(1, 4, 1, True, marks=pytest.mark.slow),
-    ],
+    [(1, 2, 2, False), (2, 2, 2, False), (1, 4, 1, True)],
 )
 def test_with_experts_on_several_devices(stage, expert, tensor, quantized):
     """Three all-to-alls in a layer that has experts, none in one that has not."""

@@ -56,7 +56,7 @@ SLOW = pytest.mark.slow
         pytest.param(CAPPED, 1, 2, id="capped on 2 shards"),
         pytest.param(CAPPED, 2, 2, id="capped on 2 stages of 2", marks=SLOW),
         pytest.param(LEARNED, 1, 2, id="learned on 2 shards", marks=SLOW),
-        pytest.param(LEARNED, 2, 2, id="learned on 2 stages of 2"),
+        pytest.param(LEARNED, 2, 2, id="learned on 2 stages of 2", marks=SLOW),
     ],
 )
 def test_placed_gradients_equal_the_modules(config, stage, tensor):

@@ -83,7 +83,13 @@ def gradients_of(model, batch) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("data", "stage", "tensor"), [(1, 1, 1), (2, 1, 1), (1, 1, 2), (2, 1, 2), (1, 1, 4), (2, 1, 4), (1, 2, 1), (1, 3, 2)]
+    ("data", "stage", "tensor"),
+    [
+        (1, 1, 2),
+        (2, 1, 4),
+        (1, 3, 2),
+        *(pytest.param(*s, marks=pytest.mark.slow) for s in [(1, 1, 1), (2, 1, 1), (2, 1, 2), (1, 1, 4), (1, 2, 1)]),
+    ],
 )
 def test_placed_gradients_equal_the_modules(model, reference, batch, data, stage, tensor):
     check(model, reference, batch, make_mesh(data=data, stage=stage, tensor=tensor))
@@ -97,6 +103,7 @@ def test_heads_that_several_shards_hold(batch, hosts):
     check(module, gradients_of(module, batch), batch, make_mesh(tensor_hosts=hosts, tensor=4 // hosts))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "expert", "tensor"), [(1, 2, 2), pytest.param(2, 2, 1, marks=SLOW), pytest.param(1, 4, 1, marks=SLOW)]
 )

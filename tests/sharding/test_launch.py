@@ -232,7 +232,9 @@ NODES |= {"SLURM_STEP_NODELIST": "localhost,127.0.0.1", "SLURM_STEP_TASKS_PER_NO
 HOSTS = [Host("localhost", 1), Host("127.0.0.1", 1)]
 
 
-@pytest.mark.parametrize(("backend", "program", "variables"), [("mpi", "mpirun", MPI), ("slurm", "srun", NODES)])
+@pytest.mark.parametrize(
+    ("backend", "program", "variables"), [("mpi", "mpirun", MPI), pytest.param("slurm", "srun", NODES, marks=pytest.mark.slow)]
+)
 def test_hosts_of_other_launchers_meet_before_the_start(stand_in, monkeypatch, backend, program, variables):
     """A message before anything is started: a port that is taken, a coordinator that does not come, another count."""
     monkeypatch.setenv("SLURM_JOB_ID", "7")
