@@ -83,7 +83,8 @@ class Program:
         self.met: set[Signature | None] = set()
         self.coming = coming
         self._begun: set[Signature] = set()
-        self._with_others = spans_processes(mesh)
+        # not for devices that are only described, to compile for
+        self._with_others = spans_processes(mesh) and jax.process_count() > 1
         self._inputs = recipe.inputs
         function = _named(recipe.function, name, precision, without=("native", "pallas") if kernels == "xla" else ())
         sharded = jax.shard_map(function, mesh=mesh, in_specs=recipe.inputs, out_specs=recipe.outputs, check_vma=False)

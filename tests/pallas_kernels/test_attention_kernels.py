@@ -286,7 +286,9 @@ def program(spec, B, T, tokens, dtype, windowed=True):
     ],
 )
 def test_few_queries_compile(gpu, name, B, T, dtype):
-    found = compiled(gpu, *program(SPECS[name], B, T, 8192, dtype), launches=("decode_attention", "decode_reduce"))
+    # 4 sequences of 32 heads fill an A100 without cutting any of them
+    parts = ("decode_attention",) if (name, gpu) == ("llama_2_7b", "a100") else ("decode_attention", "decode_reduce")
+    found = compiled(gpu, *program(SPECS[name], B, T, 8192, dtype), launches=parts)
     by_name = {kernel.name: kernel for kernel in found.kernels}
     if dtype != "float32":
         assert by_name["decode_attention"].tensor_cores

@@ -46,7 +46,7 @@ def program(weights: str, cache, gpu: str, precision: str | None = None):
         if isinstance(p, nnx.Param) and p.get_value().ndim == 2:
             value = p.get_value()
             p.set_value(value.astype(weights) if weights == "bfloat16" else round_to_nearest(value, format=weights, group=64))
-    here = place(model, make_mesh(stage=1, tensor=1))
+    here = place(model, make_mesh(stage=1, tensor=1), kernels="xla")  # in the order that GPUs read
     mesh = topology_mesh(gpu, (1,) * len(MESH_AXES), MESH_AXES)
     there = lambda spec, tree: jax.tree.map(
         lambda a: jax.ShapeDtypeStruct(
