@@ -181,6 +181,8 @@ def test_mixed_forms_run_on_meshes(make_engine, tiny: TinyModel) -> None:
     """Every form in one model: the same greedy tokens alone and split over two shards."""
     rules = {"*.q": "fp8-g24-a16", "*.mlp.gate": "w8a8-g24", "*.mlp.down": "mxfp4", "*.mlp.up": "bfloat16"}
     values = {"quantization": {"weight_bits": 8, "activation_bits": 16, "rules": rules}, "dtype": "float32"}
+    # two tokens are 0.005 apart here, and an INT8 input that rounds the other way moves a logit by as much: XLA's sums are the same on both
+    values["kernels"] = "xla"
     prompts = [[5, 9, 2], [17, 3, 88, 41, 2]]
     params = jaxinfer.SamplingParams(max_tokens=6)
     alone, split = (make_engine(tp=tp, **values).generate(prompts, params) for tp in (1, 2))
