@@ -6,6 +6,8 @@ import zlib
 import numpy as np
 import pytest
 
+from pallas_kernels.cpu import build, library
+
 
 @pytest.fixture
 def rng(request: pytest.FixtureRequest):
@@ -39,3 +41,16 @@ def races(monkeypatch):
 
     monkeypatch.setattr(barrier, "arrive", merged_first)
     return lambda: gpu_callbacks.get_races().races_found
+
+
+@pytest.fixture(scope="session")
+def native() -> library.Library:
+    """The native kernels; without a compiler their tests are skipped."""
+    found = library.load()  # raises where JAXINFER_REQUIRE_NATIVE asks for it
+    if isinstance(found, str):
+        try:
+            build.compiler()
+        except build.BuildError as error:
+            pytest.skip(str(error))
+        pytest.fail(found)
+    return found

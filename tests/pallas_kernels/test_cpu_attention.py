@@ -11,23 +11,10 @@ from native_calls import close, in_each_way, jittable
 
 from pallas_kernels.attention import AttentionTerms, attention
 from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
-from pallas_kernels.cpu import build, library
 from pallas_kernels.errors import BackendError, ShapeError
 from pallas_kernels.layer_cache import LayerCache, cache_dtype
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
 from pallas_kernels.registry import choose
-
-
-@pytest.fixture(scope="module")
-def native() -> library.Library:
-    found = library.load()
-    if isinstance(found, str):
-        try:
-            build.compiler()
-        except build.BuildError as error:
-            pytest.skip(str(error))
-        pytest.fail(found)
-    return found
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from native_calls import close, in_each_way, jittable, same_levels
 
 from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
-from pallas_kernels.cpu import build, library, operands
+from pallas_kernels.cpu import library, operands
 from pallas_kernels.errors import BackendError
 from pallas_kernels.layer_cache import LayerCache, cache_dtype
 from pallas_kernels.mlp_block import ACTIVATIONS, MLPSpec, MLPWeights, mlp_block
@@ -21,18 +21,6 @@ from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.registry import choose
 from pallas_kernels.sampling import VocabShards, argmax, sample
 from pallas_kernels.target import Target
-
-
-@pytest.fixture(scope="module")
-def native() -> library.Library:
-    found = library.load()  # raises where JAXINFER_REQUIRE_NATIVE asks for it
-    if isinstance(found, str):
-        try:
-            build.compiler()
-        except build.BuildError as error:
-            pytest.skip(str(error))
-        pytest.fail(found)
-    return found
 
 
 @pytest.fixture(autouse=True)
