@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.cpu import library
+from pallas_kernels.qtensor import QTensor
 
 
 def jittable(function, **options):
@@ -26,6 +27,17 @@ def in_each_way(native, function, *args, sets=None):
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(out[sets[0]]), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b), err_msg=f"{sets[0]}: threads change the result")
     return out
+
+
+def in_tiles(name, w, rows):
+    """Whether an instruction set multiplies levels with so many inputs as bfloat16 (uses_tiles in prepare.inc)."""
+    return name == "amx" and isinstance(w, QTensor) and rows >= (12 if w.activation is None else 24)
+
+
+def as_bfloat16(x):
+    """float32 with the bits that bfloat16 keeps, halves up."""
+    bits = np.ascontiguousarray(x, np.float32).view(np.uint32) + np.uint32(0x8000)
+    return (bits & np.uint32(0xFFFF0000)).view(np.float32)
 
 
 def close(got, want, tolerance):

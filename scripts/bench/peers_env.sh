@@ -46,6 +46,9 @@ make_peer() {
     say "it is built from source, and no C++ compiler (c++, g++, clang++) was found: apt-get install g++"
     return 1
   fi
+  # GCC 12 takes its own _tile_loadconfig for a read of 8 bytes, and drops the stores of the rest: llama.cpp then dies where a CPU has AMX.
+  local keep="-fno-dse -fno-tree-dse"
+  [ "$name" != llama-cpp-python ] || local -x CMAKE_ARGS="-DCMAKE_C_FLAGS='$keep' -DCMAKE_CXX_FLAGS='$keep' ${CMAKE_ARGS:-}"
   new_env "$folder" "$lowest" "$highest" && install_once "$folder" peer.stamp "$*" "$@" && printf '%s\n' "$folder/bin/python"
 }
 

@@ -2,6 +2,10 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#if JAXINFER_HAS_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -20,12 +24,21 @@ bool has_avx_vnni() {
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
 }
+#if JAXINFER_HAS_AMX
+// Tiles of int8 and bfloat16; true also says that this process may use their registers, for which it has to ask once (Linux 5.16).
+bool has_amx() {
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !(d >> 22 & 1) || !(d >> 24 & 1) || !(d >> 25 & 1)) return false;
+  constexpr long kRequest = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequest, kTileData) == 0;
+}
+#endif
 
 }  // namespace
 #endif
 
 const Kernels* const* usable_kernels() {
-  static const Kernels* found[6] = {nullptr};
+  static const Kernels* found[7] = {nullptr};
   static const bool ready = [] {
     int n = 0;
 #if defined(__x86_64__)
@@ -33,7 +46,11 @@ const Kernels* const* usable_kernels() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vnni");
-    if (avx512 && __builtin_cpu_supports("avx512bf16")) found[n++] = &kAvx512Bf16;
+    const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+#if JAXINFER_HAS_AMX
+    if (bf16 && has_amx()) found[n++] = &kAmx;
+#endif
+    if (bf16) found[n++] = &kAvx512Bf16;
     if (avx512) found[n++] = &kAvx512;
     if (avx2 && has_avx_vnni()) found[n++] = &kAvx2Vnni;
     if (avx2) found[n++] = &kAvx2;
