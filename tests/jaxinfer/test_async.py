@@ -214,7 +214,8 @@ def test_close_ends_what_runs(tiny) -> None:
         other.generate(PROMPTS[0])
 
 
-@pytest.mark.parametrize("pp", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pp", [1, 2])
 def test_growing_while_others_run(make_engine, greedy, monkeypatch, pp: int) -> None:
     """A stream goes on undisturbed while the state grows under it, in rows and in tokens; no two caches of all layers are there."""
     engine = make_engine(inference_max_tokens=512, pp=pp)

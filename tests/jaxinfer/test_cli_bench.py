@@ -35,6 +35,7 @@ def check_spread(spread: dict) -> None:
     assert 0 < spread["min"] <= spread["median"] <= spread["max"] and spread["count"] == 2
 
 
+@pytest.mark.slow
 def test_json(folder, capsys) -> None:
     assert cli.main(["bench", folder, *SIZES, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)

@@ -32,7 +32,7 @@ ONE_EACH |= {"qwen3_moe_mixed"}  # layers with experts and without
 # An engine compiles for seconds. By default a few cases that the loop itself could get wrong: cached keys of rotary tables that change
 # with the length, learned positions, windows, experts. The logits tell the others apart.
 GROWING = {"odd_shape", "dynamic", "longrope", "phi3_longrope_crossing"}
-QUICK_GREEDY = {"dynamic", "gpt2", "gemma2", "mixtral"}
+QUICK_GREEDY = {"gemma2", "mixtral"}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

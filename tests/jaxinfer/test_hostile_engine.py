@@ -118,6 +118,7 @@ def test_what_a_template_cannot_reach_is_nothing(engine_with, template: str) -> 
         engine.chat([{"role": "user", "content": "Hi"}], SHORT)
 
 
+@pytest.mark.slow
 def test_a_megabyte_is_refused_in_time(talking, in_time, greedy) -> None:
     for call in ways(talking, "a" * 1_000_000)[:-1]:
         with pytest.raises(errors.TokenLimitError, match=r"has 10000\d\d tokens, inference_max_tokens is 64"):

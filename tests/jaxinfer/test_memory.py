@@ -169,6 +169,7 @@ def test_temporary_arrays_are_near_what_is_allocated(tiny_decoder, sizes: dict[s
         assert 0.9 < estimate / compiled_bytes(program.compile()) < 2
 
 
+@pytest.mark.slow
 def test_scoring_is_near_what_is_allocated(tiny_decoder) -> None:
     programs, work = _programs(tiny_decoder, {}, "float32")
     ids, lengths = jax.ShapeDtypeStruct((4, 256), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)

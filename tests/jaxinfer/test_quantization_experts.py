@@ -78,7 +78,7 @@ def test_statistics_are_of_the_tokens_that_an_expert_sees(folder: Path) -> None:
         np.testing.assert_allclose(seen["down"].experts[e].mean, np.abs(inner).mean(0), rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["rtn", "gptq", pytest.param("awq", marks=pytest.mark.slow), "awq+gptq"])
+@pytest.mark.parametrize("name", ["gptq", *(pytest.param(name, marks=pytest.mark.slow) for name in ("rtn", "awq", "awq+gptq"))])
 def test_methods_lose_less_than_the_nearest_levels(folder: Path, expected: np.ndarray, tmp_path: Path, name: str) -> None:
     model, reports = quantized(folder, tmp_path / "work", name)
     plain = logits(jaxinfer.load_model(folder, quantization="w4a16-g32"))
@@ -156,7 +156,15 @@ def test_a_qwen3_moe_as_gguf(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "form", ["awq", "gptq", "gptq_act_order", "int4", "int8_inputs", "int8_static_inputs", "fp8_static_inputs"]
+    "form",
+    [
+        "awq",
+        "gptq_act_order",
+        *(
+            pytest.param(form, marks=pytest.mark.slow)
+            for form in ("gptq", "int4", "int8_inputs", "int8_static_inputs", "fp8_static_inputs")
+        ),
+    ],
 )
 def test_packed_mixtrals_are_read(folder: Path, tmp_path: Path, form: str) -> None:
     """The layouts of peers: every expert's matrices under its own name, packed."""

@@ -266,6 +266,7 @@ def grouped(tiny_model: Callable[..., TinyModel]) -> TinyModel:
 ENDS = {"embedding": "w4a16-g32", "head": "w4a16-g32-asym"}
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on(grouped: TinyModel, tmp_path) -> None:
     whole = run(grouped, tmp_path / "whole", Method(name="awq+gptq"), rules=ENDS)
     whole.run()

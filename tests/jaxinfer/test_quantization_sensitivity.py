@@ -92,6 +92,7 @@ def test_allocation_to_a_loss_is_the_smallest_of_all() -> None:
         allocate_to_loss(choices, 0.05)
 
 
+@pytest.mark.slow
 def test_no_form_fits(tiny: TinyModel) -> None:
     opened = open_source(tiny.folder)
     tokens = np.ones((1, 8), np.int32)

@@ -90,7 +90,9 @@ def check(model: jaxinfer.Decoder) -> None:
         jax.tree.map(np.testing.assert_array_equal, canonical(spread.weights.embedding), canonical(alone.weights.embedding))
 
 
-@pytest.mark.parametrize(("tp", "pp"), [(1, 1), *SIZES])
+@pytest.mark.parametrize(
+    ("tp", "pp"), [*SIZES[:1], *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 1), *SIZES[1:]])]
+)
 def test_native_kernels_get_weights_in_their_order(dividing: TinyModel, tp: int, pp: int) -> None:
     """Blocks of 32 outputs where every shard has whole ones, and a vocabulary that one device has whole; the plan knows it before."""
     mesh = make_mesh(tensor=tp, stage=pp)

@@ -47,11 +47,11 @@ TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3, "int8": 1e-4}
 @pytest.mark.parametrize(
     ("sizes", "dtype", "starts", "options", "tile"),
     [
-        ((2, 1, 6, 3, 8, 70), "float32", (0, 69), {}, {"keys": 16, "splits": 2}),
+        pytest.param((2, 1, 6, 3, 8, 70), "float32", (0, 69), {}, {"keys": 16, "splits": 2}, marks=pytest.mark.slow),
         ((2, 1, 6, 3, 8, 70), "float32", (33, 65), {"window": 5, "soft_cap": 1.5}, {"keys": 16, "splits": 4}),
         ((2, 3, 4, 1, 20, 50), "bfloat16", (7, 40), {"window": NEVER}, {"keys": 32, "splits": 1}),
         ((3, 1, 2, 2, 16, 33), "int8", (31, 2, 16), {"soft_cap": 3.0, "rows": (2, 0, 1)}, {"keys": 16, "splits": 2}),
-        ((1, 4, 8, 1, 16, 40), "float16", (11,), {"window": 3}, {}),
+        pytest.param((1, 4, 8, 1, 16, 40), "float16", (11,), {"window": 3}, {}, marks=pytest.mark.slow),
     ],
 )
 def test_few_queries(rng, sizes, dtype, starts, options, tile):
@@ -129,9 +129,10 @@ def test_terms(rng, sizes, starts, causal, window, which, tile):
     close(found, wanted, 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("T", "dtype", "tile"),
-    [(1, "int8", {"splits": 4}), pytest.param(40, "float32", {"queries": 32, "splits": 1}, marks=pytest.mark.slow)],
+    [(1, "int8", {"splits": 4}), (40, "float32", {"queries": 32, "splits": 1})],
 )
 def test_pages_are_read_in_the_order_of_a_table(rng, T, dtype, tile):
     """Three sequences, eight pages of 16 tokens each; pages of no table are poisoned."""
@@ -243,7 +244,9 @@ def test_gradients_through_rows_pages_and_scales(rng):
             {"queries": 32, "keys": 16},
             marks=pytest.mark.slow,
         ),
-        ((2, 40, 4, 2, 16, 48), "bfloat16", (0, 3), {"soft_cap": 2.0}, {"queries": 64, "keys": 32}),
+        pytest.param(
+            (2, 40, 4, 2, 16, 48), "bfloat16", (0, 3), {"soft_cap": 2.0}, {"queries": 64, "keys": 32}, marks=pytest.mark.slow
+        ),
         ((1, 70, 2, 2, 16, 80), "int8", (5,), {"window": NEVER}, {"queries": 16, "keys": 32}),
     ],
 )

@@ -158,7 +158,7 @@ SHAPES = {
     "many-queries": (64, 1, 9, 64, 32, "rms", True, None, 150),
     "no-rotation": (64, 3, 2, 64, 0, "layer", False, None, None),
 }
-QUICK = ("llama", "gemma")  # whose caches of fewer bits are tested by default
+QUICK = (("llama", "fp8"), ("gemma", "int4"))  # of the caches of fewer bits, what is tested by default
 # batch, tokens, first position
 CALLS = {
     "first": (1, 1, 0),
@@ -249,7 +249,9 @@ def test_attention_block_after_bfloat16_weights(rng, native, shape):
 @pytest.mark.parametrize(
     ("shape", "cached"),
     [
-        pytest.param(shape, cached, marks=pytest.mark.slow if cached in ("fp8", "int4") and shape not in QUICK else ())
+        pytest.param(
+            shape, cached, marks=pytest.mark.slow if cached in ("fp8", "int4") and (shape, cached) not in QUICK else ()
+        )
         for shape in SHAPES
         for cached in TOLERANCES
     ],

@@ -90,7 +90,9 @@ def test_int4_whole_rows_are_what_single_tokens_give(rows):
     check(whole, *rows, longer)
 
 
-@pytest.mark.parametrize("chunks", [(1, 31, 38), (5, 5, 5, 50), (70,), (33, 1, 1, 1, 34)])
+@pytest.mark.parametrize(
+    "chunks", [(1, 31, 38), *(pytest.param(c, marks=pytest.mark.slow) for c in [(5, 5, 5, 50), (70,), (33, 1, 1, 1, 34)])]
+)
 def test_int4_chunks_are_what_single_tokens_give(rows, chunks):
     cache, at = empty(), 0
     for n in chunks:

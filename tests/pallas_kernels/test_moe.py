@@ -94,6 +94,7 @@ def test_grouped_matmul(rng, implementation, form):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=(1e-5 if form == "float32" else 3e-2) * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["int8"])
 def test_moe_and_its_gradient(rng, form):
     spec, tokens = SPECS["odd.5"], 4

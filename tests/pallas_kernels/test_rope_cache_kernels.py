@@ -27,9 +27,9 @@ def inputs(rng, B, T, N, K, H, R):
     ("sizes", "dtype", "rows", "write", "interleaved"),
     [
         ((2, 1, 4, 2, 16, 16), "float32", False, False, False),
-        ((2, 5, 3, 1, 20, 12), "bfloat16", True, True, False),
+        pytest.param((2, 5, 3, 1, 20, 12), "bfloat16", True, True, False, marks=pytest.mark.slow),
         ((2, 9, 2, 2, 16, 8), "int8", True, True, True),
-        ((1, 1, 6, 3, 8, 0), "int8", True, False, False),
+        pytest.param((1, 1, 6, 3, 8, 0), "int8", True, False, False, marks=pytest.mark.slow),
     ],
 )
 def test_equals_the_reference(rng, sizes, dtype, rows, write, interleaved):

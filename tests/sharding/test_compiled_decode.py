@@ -110,7 +110,11 @@ def test_an_int4_cache_on_cpu_devices():
 
 @pytest.mark.parametrize(
     ("stage", "tensor", "quantized"),
-    [(1, 1, False), (1, 8, False), (2, 1, False), (2, 4, False), (1, 1, True), (2, 4, True)],
+    [
+        (2, 4, False),
+        (1, 1, True),
+        *(pytest.param(*s, marks=pytest.mark.slow) for s in [(1, 1, False), (1, 8, False), (2, 1, False), (2, 4, True)]),
+    ],
 )
 def test_on_cpu_devices(stage, tensor, quantized):
     placed = place(decoder(quantized), make_mesh(stage=stage, tensor=tensor))
