@@ -109,9 +109,9 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
     biases = (*(weights.qkv_bias or (None,) * parts), *(None,) * (3 - parts))
     cos, sin = angles or (None, None)
     flat = lambda a: operands.given(a, jnp.int32)
-    empty = (
-        LayerCache.zeros(rows=B, kv_heads=K, tokens=T, head_dim=spec.head_dim, dtype=jnp.float32) if cache is None else cache
-    )
+    empty = cache
+    if cache is None:
+        empty = LayerCache.zeros(rows=B, kv_heads=K, tokens=T, head_dim=spec.head_dim, dtype=_fresh_dtype(spec, weights))
     held = [name for name, a in zip(LayerCache.ARRAYS, empty.arrays, strict=True) if a is not None]
     caches = [getattr(empty, name) for name in held]
     arguments = [
@@ -150,6 +150,12 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
     return y, LayerCache(**dict(zip(held, new, strict=True)))
 
 
+def _fresh_dtype(spec, weights) -> jnp.dtype:
+    """Of a fresh cache. Behind weights of fewer bits than float32 many queries meet bfloat16 in any case; half of the bytes are written."""
+    exact = any(w.dtype == jnp.float32 for w in weights.qkv if isinstance(w, jax.Array))
+    return jnp.dtype(jnp.float32 if exact else spec.fresh)
+
+
 def _attention_forward(spec, max_over_shards, *arrays):
     return _attention_block(spec, max_over_shards, *arrays), arrays
 
@@ -161,7 +167,8 @@ def _attention_backward(spec, max_over_shards, arrays, gradient):
 
     def run(x, weights, cache, *rest):
         named = dict(zip(names, rest, strict=True))
-        return reference.attention_block(x, weights, cache, spec=spec, lead=None, max_over_shards=max_over_shards, **named)
+        y, new = reference.attention_block(x, weights, cache, spec=spec, lead=None, max_over_shards=max_over_shards, **named)
+        return y, (jax.tree.map(lambda a, g: a.astype(g.dtype), new, gradient[1]) if cache is None else new)
 
     return jax.vjp(run, *arrays)[1](gradient)
 

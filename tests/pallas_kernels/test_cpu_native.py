@@ -244,6 +244,14 @@ def test_attention_block_after_bfloat16_weights(rng, native, shape):
     want, _ = run_attention(spec, "reference")(*args)
     for got, _ in in_each_way(native, run_attention(spec, "native"), *args).values():
         close(got, want, 0.02)
+    # a fresh cache that is kept in bfloat16 is written so, and gradients go through it
+    spec = dataclasses.replace(spec, fresh="bfloat16")
+    for got, fresh in in_each_way(native, run_attention(spec, "native"), *args).values():
+        assert fresh.k.dtype == fresh.v.dtype == jnp.bfloat16
+        close(got, want, 0.02)
+    if shape == "llama":
+        slope = lambda name: jax.grad(lambda x: run_attention(spec, name)(x, *args[1:])[0].sum())(x)
+        close(slope("native"), slope("reference"), 0.02)
 
 
 @pytest.mark.parametrize(
