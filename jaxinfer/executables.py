@@ -97,7 +97,7 @@ def environment(programs: Programs) -> dict[str, Any]:
         native = library.load()  # its calls are part of the programs
         if not isinstance(native, str):
             digest = hashlib.sha256(native.path.read_bytes()).hexdigest()
-            facts["native_kernels"] = {"library": digest, "set": native.instruction_sets[0], "threads": library.threads()}
+            facts["native_kernels"] = {"library": digest, "set": library.instruction_set(), "threads": library.threads()}
     return facts
 
 

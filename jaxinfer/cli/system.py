@@ -71,7 +71,12 @@ def system_facts() -> dict[str, Any]:
         },
         "native_kernels": {"missing": native}
         if isinstance(native, str)
-        else {"path": str(native.path), "instruction_sets": list(native.instruction_sets), "threads": library.threads()},
+        else {
+            "path": str(native.path),
+            "instruction_sets": list(native.instruction_sets),
+            "used": library.instruction_set(),
+            "threads": library.threads(),
+        },
         "cache": _cache(),
         "backend": jax.default_backend(),
         "platform_version": jax.devices()[0].client.platform_version.splitlines()[0],
@@ -243,7 +248,8 @@ def print_system(facts: dict[str, Any]) -> None:
             "host": f"{host['system']}\n{host['cpu']}, {host['usable_cores']} of {host['cores']} cores usable",
             "instructions": _folded(host["instruction_sets"]) or "not known",
             "memory": f"{format_bytes(host['available_bytes'])} of {format_bytes(host['memory_bytes'])} available",
-            "native kernels": native.get("missing") or f"{' > '.join(native['instruction_sets'])}, {native['threads']} threads",
+            "native kernels": native.get("missing")
+            or f"{native['used']} of {' > '.join(native['instruction_sets'])}, {native['threads']} threads",
             "cache": f"{cache['folder']}, {format_bytes(cache['bytes'])}\n"
             f"{cache['programs']}, {format_bytes(cache['programs_bytes'])} of compiled programs",
             "backend": f"{facts['backend']} ({facts['platform_version']})",

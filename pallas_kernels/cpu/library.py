@@ -86,7 +86,8 @@ def load() -> Library | str:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How native calls are made. threads: of a call; None shares the cores out over the devices. instruction_set: one of
-    `Library.instruction_sets`; None takes the fastest. Both are fixed when a program is traced. No result depends on threads."""
+    `Library.instruction_sets`; None takes what JAXINFER_INSTRUCTION_SET names, or else the fastest. Both are fixed when a program
+    is traced. No result depends on threads."""
 
     threads: int | None = None
     instruction_set: str | None = None
@@ -114,6 +115,18 @@ def _level(instruction_set: str) -> int:
     return known.index(instruction_set)
 
 
+def _named() -> str | None:
+    return _OPTIONS.value.instruction_set or os.environ.get("JAXINFER_INSTRUCTION_SET")
+
+
+def instruction_set() -> str:
+    """What a call traced now runs with. Raises BackendError without the library, and for a name that this CPU does not have."""
+    name, found = _named(), load()
+    if isinstance(found, str):
+        raise BackendError(found)
+    return found.instruction_sets[_level(name) if name else 0]
+
+
 def threads() -> int:
     """Threads of a call traced now: the cores that this process may use, shared out over its devices."""
     given = _OPTIONS.value.threads
@@ -130,10 +143,7 @@ def call_integers() -> tuple[int, int]:
 
     Raises BackendError without the library.
     """
-    name, found = _OPTIONS.value.instruction_set, load()
-    if isinstance(found, str):
-        raise BackendError(found)
-    return (0 if name is None else _level(name)), threads()
+    return _level(instruction_set()), threads()
 
 
 def refusal(platform: str) -> str | None:
@@ -143,7 +153,7 @@ def refusal(platform: str) -> str | None:
     found = load()
     if isinstance(found, str):
         return found
-    if found.instruction_sets[0] == "plain" and _OPTIONS.value.instruction_set is None:
+    if found.instruction_sets[0] == "plain" and not _named():
         return "this CPU has none of the vector instructions that the native kernels are written for; XLA is faster"
     return None
 

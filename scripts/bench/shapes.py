@@ -201,7 +201,7 @@ def main(arguments: list[str] | None = None) -> int:
         "tokens": args.tokens,
         "cache": args.cache,
         "rounds": args.rounds,
-        "kernels": f"native kernels on {found.instruction_sets[0]}, {library.threads()} threads" if native else "XLA",
+        "kernels": f"native kernels on {library.instruction_set()}, {library.threads()} threads" if native else "XLA",
         "bandwidth_gb_per_second": read_bandwidth(library.threads()),
         "precisions": rows,
     }

@@ -57,7 +57,7 @@ class Jaxinfer:
         native = any("native" in names for names in self._taken.values())
         found = library.load()
         if native and not isinstance(found, str):
-            written.append(f"native kernels on {found.instruction_sets[0]} with {library.threads()} threads")
+            written.append(f"native kernels on {library.instruction_set()} with {library.threads()} threads")
         return ", ".join(written)
 
     def bytes_per_token(self) -> int:

@@ -585,7 +585,7 @@ def test_the_handler_checks_its_arguments():
             call(jnp.zeros((1, 64)), blocks.reshape(shape), jnp.ones(scales), empty, empty, integers=integers)
 
 
-def test_options(native):
+def test_options(native, monkeypatch):
     with pytest.raises(BackendError, match="not one of this CPU's"), library.options(instruction_set="mmx"):
         pass
     with pytest.raises(BackendError, match="at least 1"), library.options(threads=0):
@@ -593,4 +593,9 @@ def test_options(native):
     with library.options(threads=3, instruction_set=native.instruction_sets[-1]):
         assert library.call_integers() == (len(native.instruction_sets) - 1, 3)
     assert library.call_integers() == (0, max(1, library.cores() // len(jax.devices())))
+    monkeypatch.setenv("JAXINFER_INSTRUCTION_SET", "plain")
+    assert library.instruction_set() == "plain" and library.refusal("cpu") is None
+    monkeypatch.setenv("JAXINFER_INSTRUCTION_SET", "mmx")
+    with pytest.raises(BackendError, match="'mmx' is not one of this CPU's"):
+        library.call_integers()
     assert library.read_bandwidth(size=1 << 22, rounds=1) > 1e8
