@@ -195,7 +195,8 @@ class ParallelConfig:
     tensor_parallel_size: devices that share every layer. pipeline_parallel_size: stages that share the layers. data_parallel_size: copies
     of the model, which share the sequences. expert_parallel_size: devices that share the experts of every layer that has some, and the
     sequences: each reads and decodes its own, and sends tokens to the experts that they chose. int8_across_hosts: sums over tensor shards
-    cross hosts as INT8, which rounds them; needs tensor shards on several hosts.
+    cross hosts as INT8, which rounds them; needs tensor shards on several hosts. sequence_parallel: prompts have their tokens split over
+    tensor shards between half layers, so that each norms and keeps its part of them; needs tensor shards, excludes int8_across_hosts.
     """
 
     tensor_parallel_size: int = _option(1, minimum=1)
@@ -203,9 +204,14 @@ class ParallelConfig:
     data_parallel_size: int = _option(1, minimum=1)
     expert_parallel_size: int = _option(1, minimum=1)
     int8_across_hosts: bool = False
+    sequence_parallel: bool = False
 
     def __post_init__(self):
         _check("engine.", self)
+        if self.sequence_parallel and self.int8_across_hosts:
+            raise ConfigError(
+                "engine.sequence_parallel and engine.int8_across_hosts are both True; split tokens are summed as floats: leave one of them"
+            )
 
     @property
     def devices(self) -> int:

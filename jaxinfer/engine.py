@@ -85,6 +85,8 @@ class Engine:
         check_positions(placed.plan.config, "inference_max_tokens", config.inference_max_tokens)
         if config.engine.int8_across_hosts:
             placed = placed.with_int8_hosts()
+        if config.engine.sequence_parallel:
+            placed = placed.with_split_tokens()
         self.config, self.tokenizer, self.plan, self.mesh = config, tokenizer, placed.plan, placed.mesh
         self.memory_plan = memory_plan
         self._params: DecoderWeights | None = placed.weights

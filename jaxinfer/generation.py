@@ -99,14 +99,23 @@ def _used(plan: Plan):
 
 def _pipeline(weights, x, lengths, plan: Plan, spec: LayerSpec) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """Rows [B, T, D] through all stages -> (the last stage's output [B, T, D], zeros elsewhere; this stage's fresh caches [B, K, T, H])."""
+    ctx, T = plan.context, x.shape[1]
+    x = ctx.enter_stages(x)  # only the first stage reads it
+    if not ctx.split_tokens:
+        return _stages(weights, x, lengths, plan, spec, T)
+    x, caches = _stages(weights, ctx.own_tokens(x), lengths, plan, spec, T)
+    return ctx.join_tokens(x, T), caches
+
+
+def _stages(weights, x, lengths, plan: Plan, spec: LayerSpec, tokens: int) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """`_pipeline`, of this tensor shard's tokens where they are split; tokens: T, of all shards together."""
     ctx, P = plan.context, plan.context.stages
-    run = functools.partial(prefill_layers, config=plan.config, spec=spec, ctx=ctx, used=_used(plan))
+    run = functools.partial(prefill_layers, config=plan.config, spec=spec, ctx=ctx, used=_used(plan), tokens=tokens)
     if P == 1:
         return run(weights.layers, x, lengths)
     rows = x.shape[0]
     parts = P if rows % P == 0 else 1  # micro-batches, so that stages work side by side
     stage, size = ctx.stage_index(), rows // parts
-    x = ctx.enter_stages(x)  # only the first stage reads it
     shapes = jax.eval_shape(lambda: run(weights.layers, x[:size], lengths[:size]))[1]
 
     def tick(t, carry):

@@ -170,7 +170,8 @@ class Halves:
 
     def _slots(self, weights):
         """(weights, keywords of `attention_half`) of every layer slot."""
-        spec, ctx = self._plan.layer_spec, self._plan.context
+        # each half by itself reads and gives whole rows, whatever the model does between them
+        spec, ctx = self._plan.layer_spec, dataclasses.replace(self._plan.context, split_tokens=False)
         for slot, layer in enumerate(local_layers(weights).layers):
             yield layer, {"window": slot_window(spec, slot, ctx), "spec": spec, "ctx": ctx}
 

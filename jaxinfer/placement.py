@@ -249,7 +249,19 @@ class Placed:
             raise MeshError(
                 f"sums cross hosts as INT8 where tensor shards lie on several hosts with several each; the mesh is {dict(self.mesh.shape)}"
             )
-        context = dataclasses.replace(self.plan.context, int8_hosts=True)
+        return self._in_context(int8_hosts=True)
+
+    def with_split_tokens(self) -> "Placed":
+        """The same with prompts whose tokens are split over tensor shards between half layers. Raises MeshError without tensor shards."""
+        if not self.plan.context.tensor:
+            raise MeshError(
+                "engine.sequence_parallel splits tokens over tensor shards, and there is one; "
+                f"raise tensor_parallel_size, or leave it out; the mesh is {dict(self.mesh.shape)}"
+            )
+        return self._in_context(split_tokens=True)
+
+    def _in_context(self, **changes: Any) -> "Placed":
+        context = dataclasses.replace(self.plan.context, **changes)
         return dataclasses.replace(self, plan=dataclasses.replace(self.plan, context=context))
 
 

@@ -133,6 +133,64 @@ def _gather_bwd(axes, axis, size, g):
 gather_shards.defvjp(_gather_fwd, _gather_bwd)
 
 
+# --- tokens split over tensor shards between half layers (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2)
+
+
+def _scatter(x, axes: Axes):
+    for axis in axes:
+        x = lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True)
+    return x
+
+
+def _gather(x, axes: Axes):
+    for axis in reversed(axes):
+        x = lax.all_gather(x, axis, axis=1, tiled=True)
+    return x
+
+
+def _own(x, axes: Axes):
+    size = x.shape[1] // lax.axis_size(axes)
+    return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, 1)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def scatter_tokens(x, axes: Axes):
+    """`leave` of x [B, T, ...] of which each shard keeps its T / n tokens: [B, T / n, ...], the i-th those from i T / n on. Its gradient is
+    `gather_tokens`. One reduce-scatter an axis, the first axis first; with the one inside a host first, hosts send their share only."""
+    return _scatter(x, axes)
+
+
+scatter_tokens.defvjp(lambda x, axes: (_scatter(x, axes), None), lambda axes, _, g: (_gather(g, axes),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_tokens(x, axes: Axes):
+    """The tokens of all shards, [B, T, ...] of x [B, T / n, ...], into a region over `axes`; its gradient is `scatter_tokens`. One
+    all-gather an axis, the last axis first."""
+    return _gather(x, axes)
+
+
+gather_tokens.defvjp(lambda x, axes: (_gather(x, axes), None), lambda axes, _, g: (_scatter(g, axes),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def own_tokens(x, axes: Axes):
+    """This shard's tokens [B, T / n, ...] of x [B, T, ...], which all shards hold whole, as they do its gradient. No collective forward."""
+    return _own(x, axes)
+
+
+own_tokens.defvjp(lambda x, axes: (_own(x, axes), None), lambda axes, _, g: (_gather(g, axes),))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def join_tokens(x, axes: Axes):
+    """`gather_tokens` for what all shards do alike, so that its gradient is the own part of the gradient. One all-gather an axis."""
+    return _gather(x, axes)
+
+
+join_tokens.defvjp(lambda x, axes: (_gather(x, axes), None), lambda axes, _, g: (_own(g, axes),))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def next_stage(x, axis: str):
     """Hand `x` to the following stage, the last one's to the first; its gradient goes the other way. One permute."""
@@ -302,13 +360,20 @@ def expected_prefill(
     expert: int = 1,
     moe_slots: int = 0,
     ragged: bool = False,
+    sequence: bool = False,
 ) -> Expected:
     """Of a prefill program that reports nothing of the prompts: with a pipeline its layers and a permute are in a loop, of which a pass is
-    a micro-batch on every stage; without one there is no loop. See `expected_decode`."""
+    a micro-batch on every stage; without one there is no loop. See `expected_decode`. sequence: tokens are split over tensor shards between
+    half layers: instead of each sum a reduce-scatter and an all-gather, and an all-gather of the last layer's tokens outside the loop; two
+    of each where the shards lie on several hosts with several each."""
     layers = _of_layers(
         slots=slots, tensor=tensor, tensor_hosts=tensor_hosts, int8=int8, expert=expert, moe_slots=moe_slots, ragged=ragged
     )
     ends = _of_ends(stages=stages, shards=tensor * tensor_hosts)
+    if sequence:
+        steps = (tensor > 1) + (tensor_hosts > 1)
+        split = {"all_reduce": 0, "reduce_scatter": 2 * slots * steps, "all_gather": 2 * slots * steps}
+        layers, ends = dataclasses.replace(layers, **split), ends + Counts(all_gather=steps)
     if stages == 1:
         return Expected(outside=layers + ends)
     return Expected(loop=layers + Counts(collective_permute=1), outside=ends)
@@ -321,19 +386,25 @@ def expected(
     program: Literal["decode", "prefill"] = "decode",
     int8: bool = False,
     ragged: bool = False,
+    sequence: bool = False,
     kinds: Sequence[str] | None = None,
 ) -> Expected:
     """`expected_decode` or `expected_prefill` of a model on a mesh of sharding.mesh.make_mesh.
 
-    config: has `layers`, and `moe`, which is None for a model without experts. kinds: of the layer slots, "moe" those with experts; needed
-    for models that have them in some layers only, by default as few slots as can be, all alike.
+    config: has `layers`, and `moe`, which is None for a model without experts. sequence: of prefill, see there; decoding is as without.
+    kinds: of the layer slots, "moe" those with experts; needed for models that have them in some layers only, by default as few slots as
+    can be, all alike.
     """
     if kinds is None:
         kinds = ("moe" if config.moe else "dense",) * -(-config.layers // mesh.shape["stage"])
     sizes = {name: mesh.shape[name] for name in ("tensor", "tensor_hosts", "expert")}
     more: dict[str, Any] = {"int8": int8, "ragged": ragged, "moe_slots": sum(kind == "moe" for kind in kinds)}
     more |= {"slots": len(kinds), "stages": mesh.shape["stage"], **sizes}
-    return expected_prefill(**more) if program == "prefill" else expected_decode(data=mesh.shape["data"], **more)
+    return (
+        expected_prefill(**more, sequence=sequence)
+        if program == "prefill"
+        else expected_decode(data=mesh.shape["data"], **more)
+    )
 
 
 # --- what each sends
@@ -365,6 +436,12 @@ def leave_hosts_bytes(nbytes: float, *, hosts: int, local: int, item: int, int8:
 def all_gather_bytes(nbytes: float, *, shards: int) -> float:
     """That a device sends in `gather_shards` of shards that are nbytes together, over a ring."""
     return (shards - 1) / shards * nbytes
+
+
+def scatter_tokens_bytes(nbytes: float, *, hosts: int, local: int) -> Sent:
+    """`scatter_tokens` of nbytes a device, inside a host first, over hosts x local devices; as many again in `gather_tokens` of nbytes
+    together. Both together send what `leave_hosts` does, or on one host `leave`."""
+    return Sent(inside=(local - 1) / local * nbytes, across=(hosts - 1) / hosts * nbytes)
 
 
 def permute_bytes(nbytes: float) -> float:

@@ -17,7 +17,7 @@ class ParallelContext:
 
     tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. rows: axes that split the batch. expert: the
     one of them that splits experts too, or None. int8_hosts: partial sums cross hosts as INT8 (`collectives.sum_int8`), where tensor
-    shards lie on several.
+    shards lie on several. split_tokens: rows of many tokens are split over tensor shards between half layers.
     """
 
     tensor: tuple[str, ...] = ()
@@ -26,6 +26,7 @@ class ParallelContext:
     rows: tuple[str, ...] = ()
     expert: str | None = None
     int8_hosts: bool = False
+    split_tokens: bool = False
 
     @classmethod
     def from_mesh(cls, mesh: Mesh) -> "ParallelContext":
@@ -69,6 +70,33 @@ class ParallelContext:
     def max_over_tensor(self, x):
         """Largest value over the tensor shards: scales of activations that are split."""
         return lax.pmax(x, self.tensor) if self.tensor else x
+
+    # --- tokens, split over tensor shards between half layers where `split_tokens` says so
+    @property
+    def _tokens(self) -> tuple[str, ...]:
+        """The tensor axes, the one inside a host first: only shares of a host cross to others."""
+        return self.tensor[::-1]
+
+    def _divisible(self, x):
+        """`x` [B, T, ...] with zeros behind it, so that the shards divide its tokens."""
+        pad = -x.shape[1] % lax.axis_size(self.tensor)
+        return jnp.pad(x, ((0, 0), (0, pad), *[(0, 0)] * (x.ndim - 2)))
+
+    def own_tokens(self, x):
+        """This shard's tokens of `x` [B, T, ...], which is whole on all; shards have as many each, zeros behind the last."""
+        return collectives.own_tokens(self._divisible(x), self._tokens)
+
+    def scatter_tokens(self, x):
+        """This shard's tokens of the sum of partial results [B, T, ...] over the tensor shards."""
+        return collectives.scatter_tokens(self._divisible(x), self._tokens)
+
+    def gather_tokens(self, x, tokens: int):
+        """The `tokens` tokens of all shards into a tensor-parallel region."""
+        return collectives.gather_tokens(x, self._tokens)[:, :tokens]
+
+    def join_tokens(self, x, tokens: int):
+        """The `tokens` tokens of all shards, whole on all."""
+        return collectives.join_tokens(x, self._tokens)[:, :tokens]
 
     # --- rows
     def max_over_rows(self, x):

@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 import jaxinfer
-from jaxinfer import EngineConfig, SamplingParams
+from jaxinfer import EngineConfig, ParallelConfig, SamplingParams
 from jaxinfer.engine import Engine
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from sharding.mesh import make_mesh
@@ -59,8 +59,10 @@ PROMPTS = [np.random.default_rng(7).integers(0, 97, n).tolist() for n in (5, 1, 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 
 
-def greedy_ids(family: str, **sizes: int) -> list[list[int]]:
-    """Of every prompt, on a mesh of these sizes. Weights are those of one seed."""
+def greedy_ids(family: str, *, split_tokens: bool = False, **sizes: int) -> list[list[int]]:
+    """Of every prompt, on a mesh of these sizes. Weights are those of one seed. split_tokens: engine.sequence_parallel."""
     model = Decoder(FAMILIES[family], nnx.Rngs(11))
-    engine = Engine(jaxinfer.place(model, make_mesh(**sizes)), EngineConfig(inference_max_tokens=32, micro_batch_size=1))
+    parallel = ParallelConfig(sequence_parallel=split_tokens)
+    config = EngineConfig(inference_max_tokens=32, micro_batch_size=1, engine=parallel)
+    engine = Engine(jaxinfer.place(model, make_mesh(**sizes)), config)
     return [result.token_ids for result in engine.generate(PROMPTS, GREEDY)]

@@ -162,6 +162,10 @@ ENGINE = (
         help="sums of tensor shards cross hosts as INT8, which rounds them",
     ),
     Option(
+        flag="--sequence-parallel", target="engine.sequence_parallel", kind=bool,
+        help="split the tokens of prompts over tensor shards between half layers",
+    ),
+    Option(
         flag="--max-length", target="inference_max_tokens", metavar="N", kind=int,
         help="tokens of prompt and text together (inference_max_tokens)",
     ),

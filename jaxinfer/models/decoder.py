@@ -254,10 +254,11 @@ def layer(weights: LayerWeights, x, cache, angles, positions, rows, window=None,
     """One layer: x float32 [B, T, D] -> ([B, T, D], cache). Two all-reduces under tensor parallelism. window: int32 scalar or None.
 
     Jitted of its own, so that equal layers are traced once. Without post norms the residual goes into the reduction, on one rank;
-    with them it is added to the normed sum, which every rank holds whole.
+    with them it is added to the normed sum, which every rank holds whole. Where ctx.split_tokens, x and the result are this shard's tokens
+    [B, T / shards, D], and each all-reduce is a reduce-scatter, then an all-gather of what is normed.
     """
     x, cache = attention_half(weights, x, cache, angles, positions, rows, window, spec=spec, ctx=ctx)
-    return mlp_half(weights, x, spec=spec, ctx=ctx), cache
+    return mlp_half(weights, x, positions.shape[1], spec=spec, ctx=ctx), cache
 
 
 def attention_half(
@@ -265,24 +266,25 @@ def attention_half(
 ):
     """The attention of a layer with its residual: x -> (x, cache), see `layer`."""
     with jax.named_scope("attention_block"):
-        a, post, entered = weights.attention, weights.attention_post_norm, ctx.enter(x)
+        a, post = weights.attention, weights.attention_post_norm
         # what every shard holds and uses for its own heads: its gradient is summed over them
         shared = {name: ctx.enter(getattr(a, name)) for name in ("norm", "norm_bias", "q_norm", "k_norm", "out_bias")}
         own = dataclasses.replace(a, **shared, **_of_shared_heads(a, spec, ctx))
+        entered, form = _entered(x, own.norm, own.norm_bias, spec.attention, ctx, positions.shape[1])
         y, cache = attention_block(
             entered,
             own,
             cache,
-            spec=spec.attention,
+            spec=form,
             angles=angles,
             positions=positions,
             rows=rows,
-            residual=entered if post is None else None,
+            residual=entered if post is None and not form.normed else None,
             lead=ctx.lead,
             window=window,
             max_over_shards=ctx.max_over_tensor,
         )
-        return _after(x, ctx.leave(y), post, spec.attention), cache
+        return _after(x, y, post, spec.attention, ctx), cache
 
 
 def _of_shared_heads(a: AttentionWeights, spec: LayerSpec, ctx: ParallelContext) -> dict[str, Any]:
@@ -307,25 +309,41 @@ def _of_shared_heads(a: AttentionWeights, spec: LayerSpec, ctx: ParallelContext)
     return out
 
 
-def mlp_half(weights: LayerWeights, x, *, spec: LayerSpec, ctx: ParallelContext):
-    """The MLP of a layer, or its experts, with its residual: x -> x, see `layer`."""
+def mlp_half(weights: LayerWeights, x, tokens: int | None = None, *, spec: LayerSpec, ctx: ParallelContext):
+    """The MLP of a layer, or its experts, with its residual: x -> x, see `layer`. tokens: T of all shards, that of x by default."""
     with jax.named_scope("mlp_block"):
-        m, post, entered = weights.mlp, weights.mlp_post_norm, ctx.enter(x)
-        residual = entered if post is None else None
+        m, post, tokens = weights.mlp, weights.mlp_post_norm, x.shape[1] if tokens is None else tokens
         if isinstance(m, MoEWeights):
             assert spec.moe is not None
             mine = dataclasses.replace(m, norm=ctx.enter(m.norm), router=ctx.enter(m.router))
-            y = moe_block(entered, mine, spec=spec.moe, ctx=ctx, residual=share(ctx.lead, residual))
+            entered, moe = _entered(x, mine.norm, None, spec.moe, ctx, tokens)
+            residual = entered if post is None and not moe.normed else None
+            y = moe_block(entered, mine, spec=moe, ctx=ctx, residual=share(ctx.lead, residual))
         else:
             shared = {name: ctx.enter(getattr(m, name)) for name in ("norm", "norm_bias", "down_bias")}
             own, shards = dataclasses.replace(m, **shared), {"lead": ctx.lead, "max_over_shards": ctx.max_over_tensor}
-            y = mlp_block(entered, own, spec=spec.mlp, residual=residual, **shards)
-        return _after(x, ctx.leave(y), post, spec.mlp)
+            entered, mlp = _entered(x, own.norm, own.norm_bias, spec.mlp, ctx, tokens)
+            residual = entered if post is None and not mlp.normed else None
+            y = mlp_block(entered, own, spec=mlp, residual=residual, **shards)
+        return _after(x, y, post, spec.mlp, ctx)
 
 
-def _after(x, y, post_norm, spec: AttentionSpec | MLPSpec):
-    """What follows a half layer's sum `y`: nothing where it holds the residual, else its norm and the residual `x`."""
-    return y if post_norm is None else x + norm(y, post_norm, kind=spec.norm, eps=spec.eps)
+def _entered[Spec: (AttentionSpec, MLPSpec, MoESpec)](x, scale, bias, spec: Spec, ctx: ParallelContext, tokens: int):
+    """(what a half layer reads, its spec): x itself; where tokens are split those of all shards, normed where they lie."""
+    if not ctx.split_tokens:
+        return ctx.enter(x), spec
+    with jax.named_scope("norm"):
+        n = norm(x, scale, bias, kind=spec.norm, eps=spec.eps)
+    return ctx.gather_tokens(n, tokens), dataclasses.replace(spec, normed=True)
+
+
+def _after(x, y, post_norm, spec: AttentionSpec | MLPSpec, ctx: ParallelContext):
+    """What follows a half layer's partial sum `y`: the sum, which holds the residual unless it is normed first or tokens are split."""
+    if not ctx.split_tokens:
+        y = ctx.leave(y)
+        return y if post_norm is None else x + norm(y, post_norm, kind=spec.norm, eps=spec.eps)
+    y = ctx.scatter_tokens(y)
+    return x + (y if post_norm is None else norm(y, ctx.enter(post_norm), kind=spec.norm, eps=spec.eps))
 
 
 def slot_window(spec: LayerSpec, slot: int, ctx: ParallelContext):
@@ -353,13 +371,14 @@ def _in_slot(run: Callable, x, cache, slot: int, spec: LayerSpec, used):
 
 
 def prefill_layers(
-    layers, x, lengths, config: ModelConfig, spec: LayerSpec, ctx: ParallelContext = ALONE, used=None
+    layers, x, lengths, config: ModelConfig, spec: LayerSpec, ctx: ParallelContext = ALONE, used=None, tokens: int | None = None
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """Whole rows through the layers: x float32 [B, T, D] -> ([B, T, D], fresh caches [B, K, T, H]).
 
-    lengths: int32 [B], tokens of each row. used: bool per layer, or None; an unused layer slot passes x on.
+    lengths: int32 [B], tokens of each row. used: bool per layer, or None; an unused layer slot passes x on. tokens: T, where x holds this
+    shard's tokens only (ctx.split_tokens).
     """
-    B, T, _ = x.shape
+    B, T = x.shape[0], x.shape[1] if tokens is None else tokens
     positions = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
     angles = config.attention.rope and rope_angles(config.attention.rope, positions, lengths)
     caches = []
@@ -384,6 +403,7 @@ def cached_layers(
     passes x on. Every token is written, also those of sequences that have ended and of unused slots: nothing reads these, and what
     comes to a position next writes it first. A masked write would cost copies of the cache.
     """
+    ctx = dataclasses.replace(ctx, split_tokens=False)  # few tokens: one sum is one launch, and there is nothing to save
     angles = config.attention.rope and rope_angles(config.attention.rope, positions, positions[:, -1] + 1)
     new = []
     for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):

@@ -41,7 +41,7 @@ class MoEWeights:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoESpec:
     """What is fixed when a program is compiled. used, normalise: of MoEConfig. activation, norm, eps: of MLPSpec. held: for each expert
-    shard the experts that it holds, -1 for padding; () where every device holds all."""
+    shard the experts that it holds, -1 for padding; () where every device holds all. normed: as in MLPSpec."""
 
     used: int
     normalise: bool
@@ -49,6 +49,7 @@ class MoESpec:
     eps: float
     norm: str
     held: tuple[tuple[int, ...], ...] = ()
+    normed: bool = False
 
     def place_of(self) -> tuple[int, ...]:
         """For each expert its place among the held ones of all shards, padding counted."""
@@ -82,7 +83,8 @@ def moe_block(x, weights: MoEWeights, *, spec: MoESpec, ctx: ParallelContext, re
     passes it. Returns float32 [B, T, D]. Source: Jiang et al. 2024, arXiv:2401.04088.
     """
     with jax.named_scope("norm"):
-        n = norm(x, weights.norm, kind=spec.norm, eps=spec.eps).reshape(-1, x.shape[-1])
+        n = x if spec.normed else norm(x, weights.norm, kind=spec.norm, eps=spec.eps)
+        n = n.reshape(-1, x.shape[-1])
     with jax.named_scope("route"):
         routing = route(quant_matmul(n, weights.router), experts_per_token=spec.used, normalise=spec.normalise)
     y = _from_all_shards(n, routing, weights, spec, ctx) if spec.held else _from_own(n, routing, weights, spec, ctx)

@@ -20,6 +20,8 @@ register("attention_block", "reference", reference.attention_block)
 
 
 def _supports_native(target: Target, facts: Mapping[str, Any]) -> bool | str:
+    if facts["spec"].normed:
+        return "it has the norm in it; what is normed already runs through its parts"
     if facts["spec"].integer:
         return "it multiplies floats; integer attention runs through XLA"
     return native.supports_attention_block(target, facts)
@@ -57,7 +59,8 @@ class AttentionSpec:
     """What is fixed when a program is compiled. group: query heads per kv head on this shard. scale, soft_cap: of the scores, see
     `attention`. norm: one of `norm.KINDS`, of x and of the heads of q and k alike; eps: theirs. integer: products of queries and keys, and
     of weights and values, are of 8-bit levels, see `integer_attention`. fresh: what keys and values of a fresh cache may be rounded to
-    before they are attended, because their caller keeps no more of them; devices that multiply it faster than float32 do."""
+    before they are attended, because their caller keeps no more of them; devices that multiply it faster than float32 do. normed: x comes
+    normed, and the block's own norm is left out."""
 
     head_dim: int
     group: int
@@ -67,6 +70,7 @@ class AttentionSpec:
     soft_cap: float | None = None
     integer: bool = False
     fresh: str = "float32"
+    normed: bool = False
 
 
 def attention_block(

@@ -36,7 +36,7 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
     B, T, _ = x.shape
     with jax.named_scope("qkv"):
         first = Norm(kind=spec.norm, eps=spec.eps, scale=weights.norm, bias=weights.norm_bias)
-        heads = fused_matmul(x, weights.qkv, biases=weights.qkv_bias, norm=first)
+        heads = fused_matmul(x, weights.qkv, biases=weights.qkv_bias, norm=None if spec.normed else first)
         heads = heads.reshape(B, T, -1, spec.head_dim)
     with jax.named_scope("rope_cache"):
         norms = None if weights.q_norm is None else (weights.q_norm, weights.k_norm)

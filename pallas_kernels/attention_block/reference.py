@@ -18,7 +18,7 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
     B, T, _ = x.shape
     H, G = spec.head_dim, spec.group
     with jax.named_scope("norm"):
-        n = norm(x, weights.norm, weights.norm_bias, kind=spec.norm, eps=spec.eps)
+        n = x if spec.normed else norm(x, weights.norm, weights.norm_bias, kind=spec.norm, eps=spec.eps)
     with jax.named_scope("qkv"):
         biases = weights.qkv_bias or (None,) * len(weights.qkv)
         joined = jnp.concatenate([quant_matmul(n, w, bias=b) for w, b in zip(weights.qkv, biases, strict=True)], -1)

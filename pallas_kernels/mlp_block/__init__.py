@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 
@@ -11,9 +12,18 @@ from pallas_kernels.errors import ShapeError
 from pallas_kernels.mlp_block import reference
 from pallas_kernels.norm import KINDS
 from pallas_kernels.registry import choose, register, register_file
+from pallas_kernels.target import Target
 
 register("mlp_block", "reference", reference.mlp_block)
-register("mlp_block", "native", native.mlp_block, supports=native.supports_mlp_block, priority=native.PRIORITY)
+
+
+def _supports_native(target: Target, facts: Mapping[str, Any]) -> bool | str:
+    if facts["spec"].normed:
+        return "it has the norm in it; what is normed already runs through its parts"
+    return native.supports_mlp_block(target, facts)
+
+
+register("mlp_block", "native", native.mlp_block, supports=_supports_native, priority=native.PRIORITY)
 register_file("mlp_block", "pallas", "pallas_kernels.mlp_block.pallas")
 
 
@@ -40,12 +50,13 @@ class MLPWeights:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MLPSpec:
     """What is fixed when a program is compiled. activation: one of `mlp_block.ACTIVATIONS`. gated: act(gate) * up, else act(up).
-    norm: one of `norm.KINDS`; eps: its own."""
+    norm: one of `norm.KINDS`; eps: its own. normed: x comes normed, and the block's own norm is left out."""
 
     activation: str
     gated: bool
     eps: float
     norm: str = "rms"
+    normed: bool = False
 
 
 ACTIVATIONS = tuple(reference.ACTIVATIONS)

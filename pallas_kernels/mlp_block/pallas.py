@@ -17,7 +17,8 @@ def supports_mlp_block(target, facts) -> bool | str:
 
 def mlp_block(x, weights, *, spec, residual, lead, max_over_shards):
     with jax.named_scope("up"):
-        norm = Norm(kind=spec.norm, eps=spec.eps, scale=weights.norm, bias=weights.norm_bias)
+        first = Norm(kind=spec.norm, eps=spec.eps, scale=weights.norm, bias=weights.norm_bias)
+        norm = None if spec.normed else first
         h = fused_matmul(x, weights.up, biases=weights.up_bias, norm=norm, activation=spec.activation, gated=spec.gated)
     with jax.named_scope("down"):
         biases = () if weights.down_bias is None else (weights.down_bias,)

@@ -11,7 +11,7 @@ from pallas_kernels.shares import share
 
 def mlp_block(x, weights, *, spec, residual, lead, max_over_shards):
     with jax.named_scope("norm"):
-        n = norm(x, weights.norm, weights.norm_bias, kind=spec.norm, eps=spec.eps)
+        n = x if spec.normed else norm(x, weights.norm, weights.norm_bias, kind=spec.norm, eps=spec.eps)
     with jax.named_scope("up"):
         biases = weights.up_bias or (None,) * len(weights.up)
         h = jnp.concatenate([quant_matmul(n, w, bias=b) for w, b in zip(weights.up, biases, strict=True)], -1)

@@ -153,6 +153,7 @@ def test_file(text: str, word: str, tmp_path: Path) -> None:
         ({"micro_batch_size": "large"}, ["micro_batch_size is 'large'", "at least 1, or 'auto'"]),
         ({"engine": {"data_parallel_size": 0}}, ["engine.data_parallel_size is 0", "at least 1"]),
         ({"engine": {"data_parallel": 2}}, ["no key 'data_parallel'", "'data_parallel_size'"]),
+        ({"engine": {"sequence_parallel": True, "int8_across_hosts": True}}, ["engine.sequence_parallel", "leave one of them"]),
         ({"batch_invariant": "yes"}, ["batch_invariant is 'yes'", "True or False"]),
         ({"batch_invariant": 1}, ["batch_invariant is 1", "True or False"]),
         ({"matmul_precision": "tf32"}, ["matmul_precision is 'tf32'", "highest, high, default"]),

@@ -31,3 +31,18 @@ def alone() -> Callable[[str], list[list[int]]]:
 )
 def test_greedy_ids_are_those_of_one_device(alone, family: str, tensor: int, stage: int, data: int) -> None:
     assert greedy_ids(family, tensor=tensor, stage=stage, data=data) == alone(family)
+
+
+@pytest.mark.parametrize(
+    ("family", "sizes"),
+    [
+        pytest.param(
+            family, sizes, marks=pytest.mark.slow if family in ("gpt2", "gemma2") and "stage" in sizes else pytest.mark.full
+        )
+        for family in FAMILIES
+        for sizes in ({"tensor": 2}, {"tensor": 4, "stage": 2}, {"tensor": 2, "tensor_hosts": 2}, {"tensor": 2, "expert": 2})
+        if family == "mixtral" or "expert" not in sizes
+    ],
+)
+def test_greedy_ids_with_tokens_split_between_half_layers(alone, family: str, sizes: dict[str, int]) -> None:
+    assert greedy_ids(family, split_tokens=True, **sizes) == alone(family)

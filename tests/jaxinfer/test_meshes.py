@@ -10,7 +10,7 @@ import pytest
 from tiny_llama import GREEDY, NEW, PROMPTS, SAMPLED, TinyModel, tokens_of
 
 import jaxinfer
-from jaxinfer import EngineConfig, SamplingParams
+from jaxinfer import EngineConfig, SamplingParams, errors
 from jaxinfer.engine import Engine
 from sharding.mesh import make_mesh
 
@@ -45,6 +45,27 @@ def test_data_shards(tiny_decoder, greedy, sampled, data: int, tp: int, pp: int)
         assert result.token_ids[0] in range(97) and score.token_ids == result.prompt_token_ids
         again = engine.score(result.prompt_token_ids + result.token_ids).logprobs[len(score.token_ids) :]
         assert again == pytest.approx([token.logprob for token in result.logprobs], abs=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (3, 1), (4, 1), (4, 2)])
+def test_tokens_split_between_half_layers(make_engine, greedy, sampled, tp: int, pp: int) -> None:
+    """Generation, and scores of rows whose lengths no number of shards divides."""
+    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "sequence_parallel": True}
+    engine = make_engine(engine=sizes)
+    assert engine.plan.context.split_tokens
+    prompts = [PROMPTS[i] for i in (1, 0, 2, 6)]
+    expected = [greedy[1], sampled[0], greedy[2], sampled[6]]
+    assert tokens_of(engine.generate(prompts, [GREEDY, SAMPLED[0], GREEDY, SAMPLED[6]])) == expected
+    for one, other in zip(make_engine().score(prompts), engine.score(prompts), strict=True):
+        assert other.logprobs[1:] == pytest.approx(one.logprobs[1:], abs=1e-4)
+        assert other.greedy_token_ids == one.greedy_token_ids
+
+
+def test_tokens_are_split_over_tensor_shards(tiny_decoder) -> None:
+    config = EngineConfig(engine=jaxinfer.ParallelConfig(sequence_parallel=True), inference_max_tokens=64)
+    with pytest.raises(errors.MeshError, match="splits tokens over tensor shards, and there is one"):
+        Engine(jaxinfer.place(tiny_decoder, make_mesh(stage=2)), config)
 
 
 @pytest.mark.slow

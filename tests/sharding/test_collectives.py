@@ -29,6 +29,7 @@ from sharding.collectives import (
     leave_hosts,
     leave_hosts_bytes,
     permute_bytes,
+    scatter_tokens_bytes,
 )
 from sharding.context import ParallelContext
 from sharding.mesh import hosts_spanned, make_mesh
@@ -85,6 +86,32 @@ def test_the_gradient_is_the_identity():
     layered = gradient(lambda x: leave_hosts(x, *TENSOR_AXES, False))(x)
     np.testing.assert_allclose(layered, gradient(lambda x: leave(x, TENSOR_AXES))(x), atol=1e-6)
     np.testing.assert_allclose(layered, np.broadcast_to(np.cos(x.sum(0)), x.shape), atol=1e-5)
+
+
+@pytest.mark.parametrize(("hosts", "tokens"), [(1, 8), (1, 7), (2, 5), (2, 1)])
+def test_shares_of_tokens(hosts, tokens):
+    """Each shard has its tokens of the sum, and all of them make it up; zeros fill what does not divide."""
+    mesh = make_mesh(tensor_hosts=hosts, tensor=4 // hosts)
+    ctx = ParallelContext.from_mesh(mesh)
+    x = np.random.default_rng(3).standard_normal((4, 2, tokens, 3)).astype(np.float32)
+
+    def run(x):
+        part = ctx.scatter_tokens(x[0])
+        whole = ctx.leave(x[0])
+        return (
+            part[None],
+            ctx.own_tokens(whole)[None],
+            ctx.gather_tokens(part, tokens)[None],
+            ctx.join_tokens(part, tokens)[None],
+        )
+
+    part, own, *joined = jax.jit(
+        jax.shard_map(run, mesh=mesh, in_specs=P(TENSOR_AXES), out_specs=P(TENSOR_AXES), check_vma=False)
+    )(x)
+    assert part.shape == (4, 2, -(-tokens // 4), 3)
+    np.testing.assert_allclose(part, own, atol=1e-6)
+    for whole in joined:
+        np.testing.assert_allclose(whole, np.broadcast_to(x.sum(0), x.shape), atol=1e-6)
 
 
 @pytest.mark.parametrize("int8", [False, True])
@@ -180,6 +207,10 @@ def test_bytes():
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2, int8=True).inside == 7 / 8 * (nbytes + 66560)
     assert all_reduce_bytes(nbytes, hosts=1, local=8).across == 0 and all_reduce_bytes(nbytes, hosts=8, local=1).inside == 0
     assert all_gather_bytes(800, shards=8) == 700 and permute_bytes(5) == 5
+    shares = scatter_tokens_bytes(nbytes, hosts=2, local=8)  # with as many gathered, what the sum in layers sends
+    both = leave_hosts_bytes(nbytes, hosts=2, local=8, item=2)
+    assert (2 * shares.inside, 2 * shares.across) == (both.inside, both.across)
+    assert 2 * scatter_tokens_bytes(nbytes, hosts=1, local=8).inside == all_reduce_bytes(nbytes, hosts=1, local=8).inside
     # 16 tokens of 100 bytes, 3 experts of each, over 4 shards of 2: at most 2 of a token's are on one shard
     assert dispatch_bytes(16, used=3, row=100, shards=4, experts=2) == 3 * 16 * 2 * 100 + 3 * 12
     assert dispatch_bytes(16, used=3, row=100, shards=4, experts=2, ragged=True) == 3 / 4 * 48 * 100 + 3 * 12
@@ -201,6 +232,9 @@ def test_expected():
     staged = expected_prefill(slots=3, stages=2, tensor=4)
     assert staged.loop.by_name() == {"all-reduce": 6, "collective-permute": 1}
     assert staged.outside.by_name() == {"all-reduce": 6, "all-gather": 1}
+    split = expected_prefill(slots=3, stages=2, tensor=4, sequence=True)
+    assert split.loop.by_name() == {"reduce-scatter": 6, "all-gather": 6, "collective-permute": 1}
+    assert split.outside.by_name() == {"all-reduce": 6, "all-gather": 2}
 
 
 def test_a_mesh_from_the_hosts():

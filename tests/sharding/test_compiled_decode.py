@@ -85,7 +85,8 @@ def large_shapes(*trees) -> set[tuple[int, ...]]:
 
 def check(placed: Placed, text: str, state=None, program: str = "decode") -> None:
     ragged = placed.mesh.devices.flat[0].platform == "gpu"
-    due = expected(placed.plan.config, placed.mesh, program=program, ragged=ragged, kinds=placed.plan.kinds)
+    more = {"ragged": ragged, "kinds": placed.plan.kinds, "sequence": placed.plan.context.split_tokens}
+    due = expected(placed.plan.config, placed.mesh, program=program, **more)
     assert placed_collectives(text) == (due.loop.by_name(), due.outside.by_name())
     kept = () if state is None else (state.caches, state.history, state.sampling.edits)
     assert copies(text, large_shapes(placed.weights, *kept)) == []
@@ -163,6 +164,35 @@ def test_reading_prompts(config, stage, expert, hosts, tensor):
     """Layers in the loop over micro-batches, embedding and token outside of it."""
     placed = place(decoder(False, config), make_mesh(stage=stage, expert=expert, tensor_hosts=hosts, tensor=tensor))
     check(placed, lowered_prefill(placed, rows=4).compile().as_text(), program="prefill")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("config", "stage", "hosts", "tensor"),
+    [
+        (CONFIG, 1, 1, 4),
+        (CONFIG, 2, 1, 4),
+        (CAPPED, 1, 2, 4),
+        (MIXED, 2, 1, 2),
+    ],
+    ids=["4", "2 stages of 4", "2 hosts of 4, norms behind half layers", "experts on 2 stages of 2"],
+)
+def test_tokens_split_between_half_layers(config, stage, hosts, tensor):
+    """A reduce-scatter and an all-gather for each sum of a prompt; decoding has the sums."""
+    placed = place(decoder(False, config), make_mesh(stage=stage, tensor_hosts=hosts, tensor=tensor)).with_split_tokens()
+    check(placed, lowered_prefill(placed, rows=4, tokens=18).compile().as_text(), program="prefill")
+    program, state = lowered(placed, batch=2)
+    check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "hosts", "tensor"), [(1, 1, 8), (2, 2, 4)])
+def test_tokens_split_between_half_layers_on_h100s(stage, hosts, tensor):
+    mesh = topology_mesh("h100", (1, stage, 1, hosts, tensor), MESH_AXES, hosts=hosts)
+    plan = make_plan(CONFIG, mesh)
+    placed = placed_shapes(module_tensors(decoder(False)), mesh, config=CONFIG, plan=plan).with_split_tokens()
+    with without_compilation_cache():
+        check(placed, lowered_prefill(placed, rows=4).compile().as_text(), program="prefill")
 
 
 @pytest.mark.slow

@@ -104,6 +104,13 @@ def test_heads_that_several_shards_hold(batch, hosts):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("stage", "hosts", "tensor"), [(1, 1, 4), (1, 2, 2), (3, 1, 2)])
+def test_tokens_split_between_half_layers(model, reference, batch, stage, hosts, tensor):
+    """Seven tokens, which no number of shards divides."""
+    check(model, reference, batch, make_mesh(stage=stage, tensor_hosts=hosts, tensor=tensor), split=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "expert", "tensor"), [(1, 2, 2), pytest.param(2, 2, 1, marks=SLOW), pytest.param(1, 4, 1, marks=SLOW)]
 )
@@ -115,9 +122,10 @@ def test_experts(batch, data, expert, tensor):
     check(module, gradients_of(module, batch), batch, make_mesh(data=data, expert=expert, tensor=tensor))
 
 
-def check(model, reference, batch, mesh):
+def check(model, reference, batch, mesh, split=False):
     """Gradients of the placed model against the placed gradients of the module, shard by shard."""
     placed, wanted = place(model, mesh), place(reference, mesh)
+    placed = placed.with_split_tokens() if split else placed
 
     def gradients(weights, tokens, lengths):
         def loss(weights):
