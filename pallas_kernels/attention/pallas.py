@@ -49,11 +49,11 @@ def heuristic(
     width, exact = power_of_two(size), dtype == jnp.float32
     if queries > FEW:
         # 128 rows of narrower heads spill on a B200, with a relative bias on an A100, wider ones and 8 bits everywhere,
-        # and on a B200 8 bits in steps of 64 keys, or by 8 warps, too
+        # and on a B200 int8 in steps of 64 keys, or by 8 warps, too, where fp8 spills by 4
         eight = dtype.itemsize == 1
         rows = 32 if exact else 64 if width != 128 or eight or relative else 128
         keys = 16 if exact else 32 if width > 128 or eight else 64
-        return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and width <= 128 else 8, stages=2)
+        return Tile(queries=rows, keys=keys, splits=1, warps=4 if dtype == jnp.int8 and width <= 128 else 8, stages=2)
     keys = min(64, max(SMALLEST, 2048 // width)) if exact else min(128, max(SMALLEST, 8192 // width))
     wanted = power_of_two(BLOCKS * processors // (sequences * kv_heads) // 2 + 1)
     return Tile(

@@ -156,6 +156,11 @@ def dot(a, b, *, across: bool):
     )
 
 
+def zero_of(dtype):
+    """What stands where a load is masked; Triton casts whole numbers to no float8, and no others to int8."""
+    return 0 if jnp.issubdtype(dtype, jnp.integer) else 0.0
+
+
 def dot_cached(a, b, *, across: bool, twice: bool):
     """`dot` of float32 with cached elements. Those of 8 bits are exact in bfloat16; twice: what they multiply is then given in two parts,
     16 bits of it, where products cost nothing."""
@@ -193,7 +198,8 @@ def forward(*refs, names, shape):
         if ref[name].ndim == 3:
             return triton.load(ref[name].at[at, head, pl.ds(inside, tile.keys)], mask=keys < end, other=0.0)
         mask = (keys < end)[:, None] & (jnp.arange(shape.width) < shape.size)[None]
-        return triton.load(ref[name].at[at, head, pl.ds(inside, tile.keys), masked_slice(0, shape.width)], mask=mask, other=0)
+        place = (at, head, pl.ds(inside, tile.keys), masked_slice(0, shape.width))
+        return triton.load(ref[name].at[place], mask=mask, other=zero_of(ref[name].dtype))
 
     times = functools.partial(dot_cached, twice=shape.few)
 

@@ -24,6 +24,8 @@ def _supports_native(target: Target, facts: Mapping[str, Any]) -> bool | str:
         return "it has the norm in it; what is normed already runs through its parts"
     if facts["spec"].integer:
         return "it multiplies floats; integer attention runs through XLA"
+    if facts["paged"]:
+        return "it reads and writes rows of a cache, not block tables"
     return native.supports_attention_block(target, facts)
 
 
@@ -128,6 +130,7 @@ def attention_block(
         windowed=windowed,
         weights=weights,
         cache=cache,
+        paged=rows is not None and rows.ndim == 2,
         causal=terms.causal,
         terms=terms.given,
         max_over_shards=max_over_shards,

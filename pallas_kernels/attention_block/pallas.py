@@ -26,7 +26,7 @@ def supports_attention_block(target, facts) -> bool | str:
         return "there are no tokens"
     if facts["spec"].integer:
         return "it multiplies floats; integer attention runs through XLA"
-    if facts["cache"] is not None and (reason := cache_refusal(str(facts["cache"].k.dtype))):
+    if facts["cache"] is not None and (reason := cache_refusal(target, str(facts["cache"].k.dtype))):
         return reason
     size = facts["spec"].head_dim
     return True if size <= WIDEST else f"heads of {size} do not fit the registers of a block, at most {WIDEST} do"

@@ -26,6 +26,7 @@ from pallas_kernels.attention.pallas_kernel import (
     reduce,
     seen,
     span,
+    zero_of,
 )
 from pallas_kernels.kernel_math import LOG2_E, masked_slice, power_of_two
 from pallas_kernels.latent_attention import reference
@@ -49,10 +50,11 @@ class Tile:
 
 
 def heuristic(*, sequences: int, queries: int, tokens: int, latent: int, dtype, processors: int) -> Tile:
-    """As many splits as give each processor a block, of at least two steps each; exact products in small blocks."""
+    """As many splits as give each processor a block, of at least two steps each; exact products in small blocks, and 8 bits in small
+    steps: 32 tokens of them spill."""
     exact = dtype == jnp.float32
     rows = SMALLEST if exact else min(32, max(SMALLEST, power_of_two(queries)))
-    keys = SMALLEST if exact else 32
+    keys = SMALLEST if exact or dtype.itemsize == 1 else 32
     wanted = power_of_two(processors // (sequences * -(-queries // rows)) // 2 + 1)
     splits = max(1, min(wanted, power_of_two(tokens) // (2 * keys)))
     return Tile(queries=rows, keys=keys, splits=splits, warps=8 if latent > 256 else 4, stages=2)
@@ -165,7 +167,8 @@ def _kernel(*refs, names, shape, rotated):
             column, block = jnp.arange(part.width), (tile.keys, part.width)
             token = jnp.broadcast_to((inside + jnp.arange(tile.keys))[:, None], block)
             place = (jnp.broadcast_to(at, block), token, jnp.broadcast_to((first + column)[None], block))
-            return triton.load(ref["cache"].at[place], mask=(keys < end)[:, None] & (column < part.size)[None], other=0)
+            mask = (keys < end)[:, None] & (column < part.size)[None]
+            return triton.load(ref["cache"].at[place], mask=mask, other=zero_of(ref["cache"].dtype))
 
         latent = load(shape, 0)
         scores = times(q, latent, across=True)

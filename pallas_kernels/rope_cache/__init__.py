@@ -43,9 +43,10 @@ def rope_cache(
     """`rope` on q and k, then keys and values written into their rows of the cache.
 
     q: float [B, T, N, H]; k, v: float [B, T, K, H]. cos, sin: see `rope`, or None where nothing is rotated. cache: [R, K, S, H] arrays.
-    rows: int32 [B], the cache row of each sequence, or None where the rows are the batch. positions: int32 [B, T], where each token
-    goes. write: bool [B, T]; False drops the write, and so does a position past S; None writes all, which lie within S. Of an int4 cache
-    the positions of a sequence follow one another, and what is dropped comes last.
+    rows: int32 [B], the cache row of each sequence, None where the rows are the batch, or block tables int32 [B, P]: the token at position
+    p of a sequence is token p mod S of row rows[b, p div S], and no two sequences write to one page. positions: int32 [B, T], where each
+    token goes. write: bool [B, T]; False drops the write, and so does a position past S, or past the P pages; None writes all, which lie
+    within. Of an int4 cache, which has no tables, the positions of a sequence follow one another, and what is dropped comes last.
     interleaved: see `rope`. Returns the rotated q, float32 [B, T, N, H], and the cache. Raises ShapeError.
     """
     if cos is not None:
@@ -54,8 +55,19 @@ def rope_cache(
         raise ShapeError(f"rope_cache: k {list(k.shape)} and v {list(v.shape)} do not fit a cache {list(cache.k.shape)}")
     if rows is None and cache.rows != q.shape[0]:
         raise ShapeError(f"rope_cache: without row ids the cache must have {q.shape[0]} rows, it has {cache.rows}")
+    check_rows("rope_cache", rows, cache, q.shape[0])
     run = choose("rope_cache", implementation, shape=q.shape, cache_dtype=str(cache.k.dtype))
     return run.function(q, k, v, cos, sin, cache, rows=rows, positions=positions, write=write, interleaved=interleaved)
+
+
+def check_rows(op: str, rows, cache: LayerCache, batch: int) -> None:
+    """Raises ShapeError for row ids or block tables that do not fit a batch, and for tables of an int4 cache."""
+    if rows is None:
+        return
+    if rows.ndim not in (1, 2) or rows.shape[0] != batch:
+        raise ShapeError(f"{op}: rows {list(rows.shape)} do not fit a batch of {batch}; give rows [B], or tables [B, P]")
+    if rows.ndim == 2 and cache.format == "int4":
+        raise ShapeError(f"{op}: an int4 cache has no block tables, because its newest keys belong to a row; give rows [B]")
 
 
 def _check_angles(op, x, cos, sin):

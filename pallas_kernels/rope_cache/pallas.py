@@ -13,9 +13,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.kernel_math import of_dtype, power_of_two
-from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.launch import NARROWEST_FP8, gpu_refusal, launch
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.tuning import tile_for
+from pallas_kernels.value_formats import FP8_MAX
 
 WIDEST = 512  # head_dim
 
@@ -54,12 +55,14 @@ class _Shape:
 
 
 def supports_rope_cache(target, facts) -> bool | str:
-    return gpu_refusal(target) or cache_refusal(facts["cache_dtype"]) or _size_refusal(facts) or True
+    return gpu_refusal(target) or cache_refusal(target, facts["cache_dtype"]) or _size_refusal(facts) or True
 
 
-def cache_refusal(dtype: str) -> str | None:
-    """Why caches of a dtype are not written, or None."""
-    return f"it does not write caches of {dtype}" if dtype in ("uint8", "float8_e4m3fn") else None
+def cache_refusal(target, dtype: str) -> str | None:
+    """Why caches of a dtype are not written on a GPU, or None."""
+    if "float8" in dtype and target.capability is not None and target.capability < NARROWEST_FP8:
+        return f"{target.device_kind} cannot convert to {dtype}"
+    return "it does not write int4 caches" if dtype == "uint8" else None
 
 
 def supports_rope(target, facts) -> bool | str:
@@ -122,7 +125,7 @@ def _run(operands, first, N, K, cos, sin, norm, cache, rows, positions, write, i
         given |= {"q_norm": norm.q, "k_norm": norm.k}
     if cache is not None:
         given |= {} if positions is None else {"positions": flat(positions).astype(jnp.int32)}
-        given |= {} if rows is None else {"rows": rows.astype(jnp.int32)}
+        given |= {} if rows is None else {"rows" if rows.ndim == 1 else "tables": rows.astype(jnp.int32)}
         given |= {} if write is None else {"write": flat(write).astype(jnp.int32)}
     out = {"q_out": jax.ShapeDtypeStruct((B * T, N, H), jnp.float32)}
     aliases = {}
@@ -233,7 +236,8 @@ def _normed(scale_ref, pieces, shape):
 
 def _write(ref, name, head, tokens, shape, pieces):
     cache = ref["new_" + name]
-    limit = cache.shape[2]
+    page = cache.shape[2]
+    limit = page * (ref["tables"].shape[1] if "tables" in ref else 1)
     kept = tokens < shape.tokens
     positions = tokens % shape.length
     if "positions" in ref:
@@ -244,13 +248,18 @@ def _write(ref, name, head, tokens, shape, pieces):
     row = tokens // shape.length
     if "rows" in ref:
         row = triton.load(ref["rows"].at[row], mask=kept, other=0)
-    positions = jnp.where(kept, positions, limit)  # so that in the interpreter what is not written collides with nothing
+    if "tables" in ref:
+        row = triton.load(ref["tables"].at[row, positions // page], mask=kept, other=0)
+        positions = positions % page
+    positions = jnp.where(kept, positions, page)  # so that in the interpreter what is not written collides with nothing
     if f"new_{name}_scale" in ref:
         largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), 1) for x, _, _ in pieces])
-        scale = largest / 127
+        top = 127.0 if cache.dtype == jnp.int8 else FP8_MAX
+        scale = largest / top
         triton.store(ref[f"new_{name}_scale"].at[row, jnp.broadcast_to(head, row.shape), positions], scale, mask=kept)
         inverse = jnp.where(scale == 0, 1.0, scale)[:, None]
-        pieces = [(x / inverse, columns, inside) for x, columns, inside in pieces]
+        # what lies beyond the largest fp8 would become NaN
+        pieces = [(jnp.clip(x / inverse, -top, top), columns, inside) for x, columns, inside in pieces]
     for x, columns, inside in pieces:
         spread = lambda a, like=columns: jnp.broadcast_to(a[:, None], like.shape)
         places = (spread(row), jnp.broadcast_to(head, columns.shape), spread(positions), columns)

@@ -363,6 +363,40 @@ def test_gradients_compile(name, T, dtype, which, causal, gpu):
         assert all(kernel.tensor_cores for kernel in found.values())
 
 
+@pytest.mark.parametrize(
+    ("gpu", "T", "tokens", "dtype"),
+    [
+        ("h100", 1, 64, "float8_e4m3fn"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (
+                ("b200", 4, None, "float8_e4m3fn"),
+                ("h100", 1, None, "float8_e4m3fn"),
+                ("h100", 512, None, "float8_e4m3fn"),
+                ("b200", 512, 64, "float8_e4m3fn"),
+                ("a100", 1, 32, "int8"),
+                ("b200", 4, 16, "int8"),
+                ("a100", 512, 128, "int8"),
+            )
+        ),
+    ],
+)
+def test_pages_and_8_bits_compile(gpu, T, tokens, dtype):
+    """Four sequences; tokens: of a page, None for a row each."""
+    spec = SPECS["llama_3_1_8b"]
+    rows, of_page = (4, 8192) if tokens is None else (4 * 8192 // tokens, tokens)
+    cache = jax.eval_shape(
+        lambda: LayerCache.zeros(rows=rows, kv_heads=spec.kv_heads, tokens=of_page, head_dim=spec.head_dim, dtype=dtype)
+    )
+    tables = None if tokens is None else S((4, 8192 // tokens), jnp.int32)
+    run = lambda q, cache, positions, tables: attention(q, cache, rows=tables, positions=positions, scale=0.1)
+    few = ("decode_attention", "decode_reduce")
+    q = S((4, T, spec.heads, spec.head_dim), jnp.float32)
+    found = compiled(gpu, run, q, cache, S((4, T), jnp.int32), tables, launches=few if T <= 16 else ("prefill_attention",))
+    own = next(kernel for kernel in found.kernels if kernel.name in (few[0], "prefill_attention"))
+    assert own.tensor_cores and own.widest_load == 16
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize(

@@ -71,6 +71,7 @@ def program(weights: str, cache, gpu: str, precision: str | None = None):
         ("bfloat16", jnp.bfloat16, "h100"),
         pytest.param("int8", jnp.int8, "a100", marks=pytest.mark.slow),
         pytest.param("int4", jnp.bfloat16, "b200", marks=pytest.mark.slow),
+        pytest.param("int4", jnp.float8_e4m3fn, "h100", marks=pytest.mark.slow),
     ],
 )
 def test_launches_of_a_layer(weights, cache, gpu):

@@ -113,6 +113,24 @@ def test_refusals():
             fused_norm(x, jnp.ones(8), kind="rms", eps=1e-5, dropout=wrong)
 
 
+@pytest.mark.parametrize(
+    ("gpu", "gated", "quant"),
+    [
+        ("h100", True, ActivationQuant(format="fp8", group=128)),
+        pytest.param("a100", True, ActivationQuant(group=None), marks=pytest.mark.slow),
+        pytest.param("b200", False, ActivationQuant(), marks=pytest.mark.slow),
+        pytest.param("a100", False, None, marks=pytest.mark.slow),
+    ],
+)
+def test_an_activation_with_everything_is_one_launch(gpu, gated, quant):
+    run = lambda x, bias, seed: activation(
+        x, kind="gelu", gated=gated, bias=bias, dropout=Dropout(rate=0.1, seed=seed), quant=quant
+    )
+    width = 14336 * (2 if gated else 1)
+    arguments = S((64, width), jnp.bfloat16), S((width,), jnp.float32), S((2,), jnp.uint32)
+    compiled(gpu, run, *arguments, launches=("activation",), registers=128)
+
+
 @pytest.mark.parametrize("gpu", [n if n == "h100" else pytest.param(n, marks=pytest.mark.slow) for n in GPU_NAMES])
 def test_norm_gelu_dropout_is_one_launch(gpu):
     def run(x, scale, bias, seed):
