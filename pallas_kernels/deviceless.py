@@ -13,6 +13,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -118,7 +119,7 @@ def inspect(lowered: Any) -> Compiled:
         ptx = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
         thunks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
     shared = {name: int(size) for name, size in re.findall(r"(\S+) grid: .*shared_memory: (\d+) bytes", thunks)}
-    kernels = tuple(kernel for part in ptx if part.strip() for kernel in _kernels(part, shared))
+    kernels = tuple(kernel for part in ptx if part.strip() for kernel in kernels_of(part, shared))
     started = re.findall(r"^\s*\d+: (k\w+) *(?:\[[^\]]*\])? *(?:(\S+) grid:)?", thunks, re.M)
     return Compiled(
         text=compiled.as_text(), kernels=kernels, launches=tuple(name or kind for kind, name in started), executable=compiled
@@ -153,7 +154,8 @@ _ENTRY = re.compile(
 )
 
 
-def _kernels(ptx: str, shared: Mapping[str, int]) -> list[Kernel]:
+def kernels_of(ptx: str, shared: Mapping[str, int] = MappingProxyType({})) -> list[Kernel]:
+    """What ptxas says of the kernels in a text of PTX. shared: bytes by name that they are given when they are launched."""
     target = re.search(r"\.target (sm_\w+)", ptx)
     if target is None:
         return []

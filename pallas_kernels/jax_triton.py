@@ -91,6 +91,8 @@ def triton_call(
         import jax_triton
 
         major, minor = target.capability or (8, 0)
+        # of CUDA 12.8, the first that knows Blackwell, and of 12.9 for what came later; Triton takes its own, which an older ptxas refuses
+        version = 86 if (major, minor) <= (10, 0) else 88
         found = jax_triton.triton_call(
             *inputs,
             kernel=kernel,
@@ -100,6 +102,7 @@ def triton_call(
             num_warps=warps,
             num_stages=stages,
             compute_capability=10 * major + minor,
+            backend_options={"ptx_version": version},
             input_output_aliases=dict(aliases or {}),
             **constants,
         )

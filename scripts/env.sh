@@ -126,6 +126,14 @@ add_deviceless() {
   install_once "$folder" deviceless.stamp "${packages[*]}" --no-deps "${packages[@]}"
 }
 
+# add_triton: jax-triton and the Triton that its kernels were tried with, beside a jax that it works with (200 MB).
+add_triton() {
+  local folder
+  folder=$(dirname "$(dirname "$JAXINFER_PYTHON")")
+  "$JAXINFER_PYTHON" -c 'import jax; raise SystemExit(jax.__version_info__ >= (0, 12))' || return 0
+  install_once "$folder" triton.stamp "jax-triton==0.4.1 triton==3.7.1" --no-deps "jax-triton==0.4.1" "triton==3.7.1"
+}
+
 if [ "${BASH_SOURCE[0]}" = "$0" ]; then
   case ${1:-} in
     -h | --help)

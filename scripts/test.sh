@@ -10,7 +10,7 @@ Makes the environment (.venv, or the folder named by JAXINFER_VENV) with what te
 them read (93 MB, once), checks format, lint and types, and runs the tests on the CPU.
 
   (no option)   everything that takes seconds: no slow, full, gpu, root or oracle tests
-  --slow        the slow tests instead, without format, lint and types
+  --slow        the slow tests instead, without format, lint and types; with jax-triton (200 MB, once) where the jax is one it works with
   --full        full products instead, of what the others take one of each of
   --oracle      the comparison with transformers on torch instead, in an environment made by scripts/oracle_env.sh, and with other
                 systems' quantisers in those of scripts/quantizers_env.sh and scripts/bench/peers_env.sh (llama.cpp)
@@ -43,6 +43,7 @@ fi
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 make_env test
 add_deviceless
+case ${mode} in slow | all) add_triton ;; esac
 cd "$JAXINFER_ROOT"
 bin=$(dirname "$JAXINFER_PYTHON")
 

@@ -3,6 +3,8 @@
 Triton either interprets or compiles, whichever the environment said when it was first imported.
 """
 
+import functools
+import itertools
 import os
 import sys
 
@@ -15,6 +17,7 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.jax_triton import register_triton, triton_call
+from pallas_kernels.norm import ACTIVATIONS, fused_norm, layer_norm, rms_norm
 from pallas_kernels.qtensor import dequantize, round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.registry import choose, register
@@ -38,6 +41,34 @@ def int4_weights(rng: np.random.Generator) -> None:
         wanted = x.astype(np.float64) @ dequantize(w).astype(np.float64).T
         error = np.abs(y - wanted).max() / np.abs(wanted).max()
         assert error < 1e-5, (group, symmetric, point, error)
+
+
+def norms(rng: np.random.Generator) -> None:
+    """Of every kind, with each activation in turn, with and without what is added; odd widths; the gradient."""
+    options = itertools.product(("rms", "rms_offset", "layer"), (False, True), ((1, 1), (3, 42), (2, 2, 130)))
+    for number, (kind, added, shape) in enumerate(options):
+        activation = (None, *ACTIVATIONS)[number % (1 + len(ACTIVATIONS))]
+        x, residual = (jnp.asarray(rng.normal(0.5, 2, shape), jnp.float32) for _ in range(2))
+        scale, bias = (jnp.asarray(rng.normal(0.5, 1, shape[-1]), jnp.float32) for _ in range(2))
+        given = {"kind": kind, "eps": 1e-5, "activation": activation, "residual": residual if added else None}
+        run = functools.partial(fused_norm, x, scale, bias if kind == "layer" else None, **given)
+        with interpreting():
+            found = jax.jit(functools.partial(run, implementation="jax_triton"))()
+        wanted = run(implementation="reference")
+        for f, w in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+            np.testing.assert_allclose(f, w, rtol=0, atol=1e-6 * float(jnp.abs(w).max()), err_msg=str((kind, activation)))
+    x, scale = jnp.asarray(rng.normal(3, 1, (5, 33)), jnp.float32), jnp.asarray(rng.normal(size=33), jnp.float32)
+    half = x.astype(jnp.float16)
+    loss = lambda name: jax.grad(lambda x, s: (rms_norm(x, s, eps=1e-5, implementation=name) ** 3).sum(), (0, 1))(x, scale)
+    with interpreting():
+        plain = layer_norm(x, None, None, eps=1e-5, implementation="jax_triton")
+        gradient = loss("jax_triton")
+        narrow = rms_norm(half, scale, eps=1e-5, implementation="jax_triton")
+    np.testing.assert_allclose(plain, layer_norm(x, None, None, eps=1e-5, implementation="reference"), atol=1e-5)
+    for f, w in zip(gradient, loss("reference"), strict=True):
+        np.testing.assert_allclose(f, w, rtol=0, atol=1e-5 * float(jnp.abs(w).max()))
+    assert narrow.dtype == jnp.float16
+    np.testing.assert_allclose(narrow, rms_norm(half, scale, eps=1e-5, implementation="reference"), atol=4e-3)
 
 
 @triton.jit
@@ -77,6 +108,7 @@ def an_operation_of_a_user(rng: np.random.Generator) -> None:
 def main() -> None:
     rng = np.random.default_rng(int(sys.argv[1]))
     int4_weights(rng)
+    norms(rng)
     an_operation_of_a_user(rng)
 
 

@@ -15,6 +15,7 @@ register("layer_norm", "reference", reference.layer_norm)
 register("fused_norm", "reference", reference.fused_norm)
 for _op in ("rms_norm", "layer_norm", "fused_norm"):
     register_file(_op, "pallas", "pallas_kernels.norm.pallas")
+    register_file(_op, "jax_triton", "pallas_kernels.norm.jax_triton", priority=20, needs="jax_triton")
 
 KINDS = ("rms", "rms_offset", "layer")
 ACTIVATIONS = tuple(reference.ACTIVATIONS)
@@ -97,7 +98,7 @@ def fused_norm(
     if residual is not None and residual.shape != x.shape:
         raise ShapeError(f"fused_norm: residual must be {list(x.shape)} as x, got {list(residual.shape)}")
     check_dropout("fused_norm", dropout, x.shape)
-    run = choose("fused_norm", implementation, shape=x.shape, dtype=x.dtype, quant=quant)
+    run = choose("fused_norm", implementation, shape=x.shape, dtype=x.dtype, quant=quant, dropout=dropout is not None)
     return run.function(
         x,
         scale,

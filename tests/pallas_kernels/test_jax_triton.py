@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.deviceless import compile_for
+from pallas_kernels.deviceless import compile_for, kernels_of
 from pallas_kernels.errors import BackendError
 from pallas_kernels.jax_triton import register_triton
+from pallas_kernels.norm import fused_norm, rms_norm
 from pallas_kernels.qtensor import round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.registry import choose, unregister
@@ -37,6 +38,10 @@ def test_it_is_an_alternative_that_is_named(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match="jax_triton is not installed"):
         choose("quant_matmul", "jax_triton", GPU, **FACTS)
+    norm = {"shape": (2, 64), "dtype": jnp.dtype("float32"), "quant": None, "dropout": False}
+    assert choose("fused_norm", target=GPU, **norm).name == "pallas"
+    with pytest.raises(BackendError, match="jax_triton is not installed"):
+        choose("fused_norm", "jax_triton", GPU, **norm)
 
 
 def test_what_it_does_not_take_is_said():
@@ -44,6 +49,14 @@ def test_what_it_does_not_take_is_said():
     for facts, reason in (({"format": "int8"}, "not int8"), ({"rows": 9}, "not 9"), ({"group": 48}, "not 48")):
         with pytest.raises(BackendError, match=reason):
             choose("quant_matmul", "jax_triton", GPU, **{**FACTS, **facts})
+    norm = {"shape": (2, 64), "dtype": jnp.dtype("float32"), "quant": None, "dropout": False}
+    for facts, reason in (
+        ({"dropout": True}, "neither rounds to levels nor drops"),
+        ({"shape": (2, 1 << 16)}, "does not fit the registers"),
+        ({"shape": (0, 64)}, "nothing to norm"),
+    ):
+        with pytest.raises(BackendError, match=reason):
+            choose("fused_norm", "jax_triton", GPU, **(norm | facts))
 
 
 def test_a_kernel_of_a_user_is_refused_where_it_cannot_run():
@@ -62,6 +75,7 @@ def test_a_kernel_of_a_user_is_refused_where_it_cannot_run():
         unregister("of_a_user", "triton")
 
 
+@pytest.mark.slow
 def test_numbers_in_the_interpreter(rng):
     pytest.importorskip("jax_triton")
     script = Path(__file__).parents[1] / "triton_interpreter.py"
@@ -71,14 +85,49 @@ def test_numbers_in_the_interpreter(rng):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize(("gpu", "group", "symmetric", "rows"), [("a100", 128, True, 1), ("h100", 64, False, 8)])
-def test_compiles_for_gpus(gpu, group, symmetric, rows):
+@pytest.fixture
+def resources(tmp_path, monkeypatch):
+    """A function that compiles another one for a GPU and says what ptxas says of its only kernel; XLA holds the code and does not look."""
     pytest.importorskip("jax_triton")
+    monkeypatch.setattr("jax_triton.triton_lib._JAX_TRITON_DUMP_DIR", str(tmp_path))
+
+    def run(gpu, function, *args):
+        found = compile_for(gpu, function, *args)
+        assert re.findall(r'custom_call_target="(\w+)"', found.text) == ["triton_kernel_call_ffi"]
+        (path,) = tmp_path.rglob("*.ptx")
+        (kernel,) = kernels_of(path.read_text())
+        assert kernel.spilled == 0 and kernel.registers * kernel.threads <= 65536, kernel
+        return kernel
+
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpu", "group", "symmetric", "rows"), [("a100", 128, True, 1), ("h100", 64, False, 8), ("b200", 32, True, 4)]
+)
+def test_compiles_for_gpus(resources, gpu, group, symmetric, rows):
     w = jax.eval_shape(
         lambda w: round_to_nearest(w, format="int4", group=group, symmetric=symmetric),
         jax.ShapeDtypeStruct((4096, 4096), jnp.float32),
     )
     run = lambda x, w: quant_matmul(x, w, implementation="jax_triton")
-    found = compile_for(gpu, run, jax.ShapeDtypeStruct((rows, 4096), jnp.float32), w)
-    # its code is inside the call: what it takes does not show
-    assert re.findall(r'custom_call_target="(\w+)"', found.text) == ["triton_kernel_call_ffi"]
+    kernel = resources(gpu, run, jax.ShapeDtypeStruct((rows, 4096), jnp.float32), w)
+    assert kernel.tensor_cores
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("gpu", "width", "dtype", "full"),
+    [("a100", 4096, "float32", False), ("h100", 8192, "bfloat16", True), ("b200", 576, "bfloat16", False)],
+)
+def test_a_norm_compiles_for_gpus(resources, gpu, width, dtype, full):
+    row, vector = jax.ShapeDtypeStruct((7, width), dtype), jax.ShapeDtypeStruct((width,), jnp.float32)
+
+    def run(x, scale, bias):
+        if not full:
+            return rms_norm(x, scale, eps=1e-5, implementation="jax_triton")
+        given = {"kind": "layer", "eps": 1e-5, "residual": x, "activation": "gelu"}
+        return fused_norm(x, scale, bias, **given, implementation="jax_triton")
+
+    assert resources(gpu, run, row, vector, vector).widest_load >= 8
