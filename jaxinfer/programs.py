@@ -25,6 +25,7 @@ from jaxinfer.placement import Placed, local_layers
 from jaxinfer.sampling import NumberedProcessors
 from pallas_kernels import registry
 from sharding.distributed import channel, spans_processes
+from sharding.overlap import overlap_options
 from sharding.rules import ROW_AXES, STAGE, TENSOR_AXES
 
 # Prefix trees of partition specs. Sequences are split over data and expert shards. Rows of a cache are split over stages too, its heads
@@ -88,7 +89,12 @@ class Program:
         self._inputs = recipe.inputs
         function = _named(recipe.function, name, precision, without=("native", "pallas") if kernels == "xla" else ())
         sharded = jax.shard_map(function, mesh=mesh, in_specs=recipe.inputs, out_specs=recipe.outputs, check_vma=False)
-        self._jitted: Any = jax.jit(sharded, donate_argnums=recipe.donate)
+        self._nested: Any = jax.jit(sharded, donate_argnums=recipe.donate)
+        # collectives are in programs of weights; jax takes options in no function that another one is traced with
+        options = overlap_options(mesh) if weights else {}
+        self._jitted: Any = self._nested
+        if options:
+            self._jitted = jax.jit(sharded, donate_argnums=recipe.donate, compiler_options=options)
 
     def __call__(self, *arguments):
         if self._with_others:
@@ -98,6 +104,8 @@ class Program:
             found = None if signature is None else self._find(signature)
             if found is not None:
                 return found.result()(*arguments)
+        if self._jitted is not self._nested and self.signature(arguments) is None:
+            return self._nested(*arguments)
         known = self._jitted._cache_size()
         result = self._jitted(*arguments)
         if self._jitted._cache_size() != known:

@@ -1,6 +1,8 @@
 """Compiled programs: exactly the collectives that are expected, in the loop and outside of it, and no copy of a weight or of the cache."""
 
+import collections as collections_module
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ from hlo import collectives, copies, placed_collectives
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jaxinfer import programs
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.placement import Placed, make_plan, module_tensors, place, placed_shapes
 from jaxinfer.programs import STATE, Programs
@@ -252,6 +255,23 @@ def compiled_for_h100s(config, mesh, speeds=None):
     with without_compilation_cache():
         text = program.compile().as_text()
     check(placed, text, state)
+
+
+@pytest.mark.slow
+def test_collectives_start_early_on_h100s(monkeypatch):
+    """A model's programs have the options of sharding.overlap: more of their collectives run beside something. XLA_FLAGS win."""
+    mesh, scheduler = topology_mesh("h100", (1, 2, 1, 1, 4), MESH_AXES), "xla_gpu_enable_latency_hiding_scheduler"
+    placed = placed_shapes(module_tensors(decoder(False)), mesh, config=CONFIG, plan=make_plan(CONFIG, mesh))
+
+    def early(**options):
+        monkeypatch.setattr(programs, "_shared", collections_module.OrderedDict())
+        with without_compilation_cache():
+            text = lowered(placed, batch=2)[0].compile(compiler_options=options).as_text()
+        return len(re.findall(r" [a-z-]+-start\(", text))
+
+    with_ours = early()
+    monkeypatch.setenv("XLA_FLAGS", f"--{scheduler}=false")  # which XLA itself reads once a process
+    assert with_ours > early(**{scheduler: False})
 
 
 @pytest.mark.slow
