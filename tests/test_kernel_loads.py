@@ -74,7 +74,7 @@ def test_a_weight_is_read_once(loads, form, rows):
     assert 0.95 * arguments < found.unique <= 1.05 * arguments and found.issued > found.unique
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", pytest.param("float8_e4m3fn", marks=pytest.mark.slow)])
 def test_a_cache_is_read_once_as_far_as_it_is_seen(loads, dtype):
     cache = jax.eval_shape(lambda: LayerCache.zeros(rows=2, kv_heads=2, tokens=1024, head_dim=128, dtype=dtype))
     q = jax.ShapeDtypeStruct((2, 1, 8, 128), jnp.float32)

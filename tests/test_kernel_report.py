@@ -57,6 +57,17 @@ def test_a_report(report, capsys):
     assert "the device here is a cpu, not a GPU" in capsys.readouterr().err
 
 
+def test_what_cannot_be_derived_is_a_problem(report, monkeypatch):
+    def reads(*_, **__):
+        raise report.NotDerivable("a view of a view")
+
+    monkeypatch.setattr(report, "reads", reads)
+    report.reads_of.cache_clear()
+    case = next(case for case in report.cases() if case.streams and report.size(case.args) < 1e7)
+    assert report.compiled(case, "h100")["problems"] == ["what it reads cannot be derived: a view of a view"]
+    report.reads_of.cache_clear()
+
+
 def test_every_case_can_be_traced(report):
     for case in report.cases():
         jax.eval_shape(case.run, *case.args)

@@ -27,7 +27,7 @@ from pallas_kernels.tuning import tile_for
 
 FEW = 64  # queries of a kv head, tokens times heads of a group, up to which keys are split and not queries
 WIDEST = 256  # head_dim
-BLOCKS = 2  # for each processor
+BLOCKS = 2  # for each processor, of few rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,22 +45,24 @@ class Tile:
 def heuristic(
     *, sequences: int, queries: int, kv_heads: int, tokens: int, size: int, dtype, processors: int, relative: bool = False
 ) -> Tile:
-    """Few queries: as many splits as fill the GPU, of at least two steps each. Exact products take registers: float32 in small steps."""
-    width, exact = power_of_two(size), dtype == jnp.float32
+    """Few queries: as many splits as fill the GPU, of at least two steps each, half of them where partial sums of many rows would be more
+    than a twentieth of the cache. Exact products take registers: float32 in small steps. fp8 takes 8 warps: a B200 spills it by 4."""
+    width, exact, fp8 = power_of_two(size), dtype == jnp.float32, dtype == jnp.float8_e4m3fn
     if queries > FEW:
         # 128 rows of narrower heads spill on a B200, with a relative bias on an A100, wider ones and 8 bits everywhere,
-        # and on a B200 int8 in steps of 64 keys, or by 8 warps, too, where fp8 spills by 4
+        # and on a B200 int8 in steps of 64 keys, or by 8 warps, too
         eight = dtype.itemsize == 1
         rows = 32 if exact else 64 if width != 128 or eight or relative else 128
         keys = 16 if exact else 32 if width > 128 or eight else 64
-        return Tile(queries=rows, keys=keys, splits=1, warps=4 if dtype == jnp.int8 and width <= 128 else 8, stages=2)
+        return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and not fp8 and width <= 128 else 8, stages=2)
     keys = min(64, max(SMALLEST, 2048 // width)) if exact else min(128, max(SMALLEST, 8192 // width))
-    wanted = power_of_two(BLOCKS * processors // (sequences * kv_heads) // 2 + 1)
+    blocks = BLOCKS if queries <= SMALLEST // 2 else 1
+    wanted = power_of_two(blocks * processors // (sequences * kv_heads) // 2 + 1)
     return Tile(
         queries=max(SMALLEST, power_of_two(queries)),
         keys=keys,
         splits=max(1, min(wanted, power_of_two(tokens) // (2 * keys))),
-        warps=4 if queries <= SMALLEST and width <= 128 else 8,
+        warps=4 if queries <= SMALLEST and width <= 128 and not fp8 else 8,
         stages=3,
     )
 

@@ -18,6 +18,7 @@ from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import log_probs
 from pallas_kernels.latent_attention import latent_attention
 from pallas_kernels.latent_attention.specs import SPECS as LATENTS
+from pallas_kernels.launch import NARROWEST_FP8, OLDEST
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
 from pallas_kernels.moe import grouped_matmul
@@ -43,7 +44,8 @@ S = jax.ShapeDtypeStruct
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """run: of args. moved: bytes that are read or written at least once. operations: floating-point ones. matrix: whether the tensor cores
-    do them. donated: arguments that the result takes the place of. streams: it is bound by reading its arguments, once each."""
+    do them. donated: arguments that the result takes the place of. streams: it is bound by reading its arguments, once each. since: the
+    oldest compute capability that it has a kernel for."""
 
     op: str
     name: str
@@ -54,6 +56,7 @@ class Case:
     matrix: bool = False
     donated: tuple[int, ...] = ()
     streams: bool = False
+    since: tuple[int, int] = OLDEST
 
 
 def size(*trees: Any) -> int:
@@ -112,6 +115,10 @@ def attentions() -> Iterator[Case]:
         ("llama_3_1_8b", 16, 1, 8192, "bfloat16"),
         ("llama_3_1_8b", 16, 1, 8192, "int8"),
         ("llama_3_1_8b", 1, 1, 8192, "float32"),
+        ("llama_3_1_8b", 1, 1, 8192, "int8"),
+        ("llama_3_1_8b", 1, 1, 8192, "float8_e4m3fn"),
+        ("llama_3_1_8b", 1, 4, 8192, "bfloat16"),
+        ("gemma_2_9b", 1, 1, 8192, "bfloat16"),
         ("llama_2_7b", 8, 1, 4096, "bfloat16"),
         ("gemma_2_9b", 8, 1, 8192, "bfloat16"),
         ("llama_3_1_8b", 1, 4096, 4096, "bfloat16"),
@@ -134,7 +141,8 @@ def attentions() -> Iterator[Case]:
             moved=size(q, q, cache),
             operations=4.0 * seen * spec.heads * spec.head_dim,
             matrix=dtype != "float32",
-            streams=tokens == 1,
+            streams=tokens <= 4,
+            since=NARROWEST_FP8 if "float8" in dtype else OLDEST,
         )
 
 
@@ -167,6 +175,7 @@ def attentions_for_training() -> Iterator[Case]:
 
 
 def latents() -> Iterator[Case]:
+    """As bound by its products as by reading; the partial sums of its splits are as many bytes as one sequence's cache."""
     for rows, cached in ((1, 8192), (16, 8192)):
         spec = LATENTS["deepseek_v3"]
         width = spec.latent + spec.rotated

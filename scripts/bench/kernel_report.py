@@ -59,15 +59,15 @@ def occupancy(kernel: Kernel, gpu: Gpu) -> float:
 
 
 @functools.cache
-def reads_of(op: str, name: str, device_kind: str) -> Reads | None:
-    """What the kernels of a case read, where that can be derived from their loads."""
+def reads_of(op: str, name: str, device_kind: str) -> Reads | str | None:
+    """What the kernels of a case that streams read, by their loads, or why that cannot be derived; None for what is too large to follow."""
     case = next(case for case in cases() if (case.op, case.name) == (op, name))
     if not case.streams or size(case.args) > LARGEST:
         return None
     try:
         return reads(case.run, case.args, device_kind=device_kind)
-    except NotDerivable:
-        return None
+    except NotDerivable as error:
+        return str(error)
 
 
 def compiled(case: Case, name: str) -> dict:
@@ -79,9 +79,12 @@ def compiled(case: Case, name: str) -> dict:
     own = [k for k in found.kernels if is_ours(k)]
     row["launches"] = [launch for launch in found.launches if launch != "kCopy"]
     row["kernels"] = [vars(k) | {"occupancy": round(occupancy(k, gpu), 4)} for k in own]
-    if (read := reads_of(case.op, case.name, gpu.device_kind)) is not None:
+    read = reads_of(case.op, case.name, gpu.device_kind)
+    if isinstance(read, Reads):
         row |= {"argument_bytes": size(case.args), "read_bytes": read.unique, "issued_bytes": read.issued}
     row["problems"] = problems(row, case, gpu)
+    if isinstance(read, str):
+        row["problems"].append(f"what it reads cannot be derived: {read}")
     return row
 
 
@@ -243,6 +246,8 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         for case in chosen:
             for name in args.gpus.split(","):
+                if KNOWN[name].capability < case.since:
+                    continue
                 row = compiled(case, name)
                 rows.append(row)
                 failed += bool(row["problems"])
