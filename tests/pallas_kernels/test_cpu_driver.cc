@@ -246,6 +246,8 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
       keys[at] = exact_key, values[at] = value;
     }
   }
+  // an input of bfloat16 that falls to the other side moves a key
+  const double doubt = rounds_to_halves(qkv) || in_tiles(kernels, qkv, c.batch * c.tokens) ? 1e-2 : 1e-4;
   for (int64_t i = 0; i < count && c.cache.cell == Cell::f8; ++i) {  // 3 bits of a fraction move scores: those that were chosen count
     const size_t at = static_cast<size_t>(i), token = static_cast<size_t>(i / c.head_dim);
     const int64_t position = i / c.head_dim % c.cache.tokens;
@@ -253,7 +255,7 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
     for (auto* side : {&k, &v}) {
       double& held = (side == &k ? keys : values)[at];
       const double scale_of = (side == &k ? c.cache.k_scale : c.cache.v_scale)[token], stored = from_f8(static_cast<uint8_t>(side->data.get()[at])) * scale_of;
-      if (!(std::fabs(stored - held) <= std::fabs(held) / 15 + scale_of / 500 + 1e-4)) {
+      if (!(std::fabs(stored - held) <= std::fabs(held) / 15 + scale_of / 500 + doubt)) {
         std::fprintf(stderr, "FAILED %s float8 cache at %ld: %g for %g\n", name.c_str(), static_cast<long>(i), stored, held);
         ++failures;
       }
