@@ -1,5 +1,6 @@
 """The two doors: init_inference() for an engine, generate() for a pure function over a Flax module and arrays."""
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ from convert.readers.base import TokenizerAssets
 from jaxinfer import executables, generation
 from jaxinfer.compilation import use_compilation_cache
 from jaxinfer.config import CACHE_DTYPES, EngineConfig, QuantizationConfig
+from jaxinfer.copying import Understood, understand_together
 from jaxinfer.engine import Engine, Prompt
 from jaxinfer.errors import BackendError, ConfigError
 from jaxinfer.loading import DEMO, open_source
@@ -64,7 +66,7 @@ def init_inference(
     executables.use(engine.programs, opened.config.executables, opened.path)
     if expect is not None:
         engine.prepare(*expect)
-    with explained(opened.memory):
+    with explained(opened.memory), contextlib.closing(opened):
         how: dict[str, Any] = {"config": opened.model, "plan": opened.plan, "kernels": opened.config.kernels}
         placed = place(opened.tensors, opened.mesh, progress=progress, **how)
         engine.provide(placed.weights)
@@ -74,7 +76,7 @@ def init_inference(
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Opened:
     """A model that was understood, and how it will lie on a mesh: all that is known before a weight is read. path: of the checkpoint,
-    None for a Decoder in memory."""
+    None for a Decoder in memory, and where process 0 has it for all. close: ends the connection to that."""
 
     config: EngineConfig
     mesh: Mesh
@@ -85,6 +87,7 @@ class Opened:
     path: Path | None = None
     tokenizer: Tokenizer | None = None
     eos_ids: tuple[int, ...] = ()
+    close: Callable[[], None] = lambda: None
 
     def engine(self) -> Engine:
         """An engine without weights yet, see Engine.provide."""
@@ -118,6 +121,7 @@ def open_model(
     eos_ids: tuple[int, ...] = ()
     path: Path | None = None
     tensors: Mapping[str, Readable]
+    close: Callable[[], None] = lambda: None
     if isinstance(source, Decoder):
         if config.dtype or config.quantization:
             raise ConfigError("dtype and quantization are for checkpoints; a Decoder in memory is run as it is")
@@ -125,10 +129,9 @@ def open_model(
     else:
         if str(source) == DEMO and config.dtype is None and config.quantization is None:
             config = dataclasses.replace(config, dtype="float32", quantization=QuantizationConfig())
-        opened = open_source(source, progress)
-        tensors = opened.stored_as(dtype=config.dtype, quantization=config.quantization)
-        model_config = attending(opened.config, config.quantization)
-        tokenizer, eos_ids, path = tokenizer or _tokenizer(opened.assets), _eos_ids(opened.assets), opened.path
+        opened = understand_together(source, mesh, functools.partial(_understood, source, config, progress))
+        tensors, model_config, path, close = opened.tensors, opened.model, opened.path, opened.close
+        tokenizer, eos_ids = tokenizer or _tokenizer(opened.assets), _eos_ids(opened.assets)
     check_positions(model_config, "inference_max_tokens", config.inference_max_tokens)
     plan, memory = fitting_plan(tensors, mesh, model_config, config)
     config = dataclasses.replace(config, micro_batch_size=memory.micro_batch_size)
@@ -139,8 +142,17 @@ def open_model(
         "plan": plan,
         "memory": memory,
         "path": path,
+        "close": close,
     }
     return Opened(config=config, tokenizer=tokenizer, eos_ids=eos_ids, **parts)
+
+
+def _understood(source: str | Path, config: EngineConfig, progress: Progress | None) -> Understood:
+    """The checkpoint that this process can open, as the configuration wants it kept."""
+    opened = open_source(source, progress)
+    tensors = opened.stored_as(dtype=config.dtype, quantization=config.quantization)
+    model = attending(opened.config, config.quantization)
+    return Understood(tensors=tensors, model=model, assets=opened.assets, path=opened.path)
 
 
 def _source(model: Any, config: EngineConfig) -> str | Path | Decoder:

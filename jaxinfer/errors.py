@@ -37,6 +37,10 @@ class UnknownConfigKeyError(InferenceError):
     """A config.json with keys that may change the arithmetic and are not understood."""
 
 
+class CheckpointCopyError(InferenceError):
+    """Weights that process 0 was to send and did not."""
+
+
 class PromptError(InferenceError):
     """A prompt that cannot be run: empty, or with tokens outside of the vocabulary."""
 
@@ -92,6 +96,7 @@ __all__ = [
     "AxisRuleError",
     "BackendError",
     "ChatTemplateError",
+    "CheckpointCopyError",
     "CheckpointMismatchError",
     "CheckpointNotFoundError",
     "ConfigError",

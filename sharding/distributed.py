@@ -323,6 +323,13 @@ def hosts_of(processes: Sequence[int]) -> list[int]:
     return [number[_run.hosts[process]] for process in processes]
 
 
+def coordinator_host() -> str:
+    """Name or address of the host of process 0, as the other processes reach it."""
+    from jax._src import distributed
+
+    return split_address(str(distributed.global_state.coordinator_address))[0]
+
+
 # --- what processes tell each other
 
 

@@ -38,7 +38,7 @@ ROWS = [
     {"models", "cache", "sampling", "text", "chat", "disguise", "sandbox", "detokenize", "tokenizing"},
     {"placement"},
     {"quantization"},
-    {"generation", "loading", "memory", "replacing", "requests", "stages"},
+    {"copying", "generation", "loading", "memory", "replacing", "requests", "stages"},
     {"programs", "scheduler"},
     {"slots"},
     {"ahead"},

@@ -35,6 +35,8 @@ def go(number: int) -> None:
 def main(job: dict[str, Any]) -> dict[str, Any]:
     distributed.start()
     first = jax.process_index() == 0
+    if first and "place" in job:  # where a relative source is, on this process alone
+        os.chdir(job["place"])
     engine = jaxinfer.init_inference(job["source"], job["config"])
     prompts, params = job["prompts"], SamplingParams(max_tokens=job.get("tokens", 8))
     drawn = SamplingParams(max_tokens=8, temperature=1.0, seed=3)

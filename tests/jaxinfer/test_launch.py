@@ -9,17 +9,22 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 from typing import Any
 
 import golden_weights
+import jax
+import numpy as np
 import pytest
 from small_families import greedy_ids
 from tiny_llama import PROMPTS, tokens_of
 
 import jaxinfer
-from jaxinfer import SamplingParams
+from jaxinfer import SamplingParams, copying, errors
 from jaxinfer.cli import main
+from jaxinfer.placement import InMemory
+from sharding.partition import Units
 
 ROOT = Path(__file__).parents[2]
 ENV = {"PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "1"}
@@ -72,6 +77,45 @@ def test_two_processes_say_what_one_does(tiny, engine):
 )
 def test_more_processes_say_what_one_does(tiny, engine, ranks, sizes):
     check(launched(tiny.folder, ranks, sizes), engine, ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [{}, {"quantization": "w4a16-g32"}], ids=["floats", "int4"])
+def test_a_checkpoint_that_only_process_0_has(tiny_model, make_engine, more):
+    """Process 0 sends what process 1 keeps, padding included, and no more."""
+    wide = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 6, "head_dim": 32}
+    model = tiny_model(**(wide if more else {}))
+    sizes = {"tensor_parallel_size": 2}
+    config = {"inference_max_tokens": 64, "micro_batch_size": 4, "kernels": "xla", "engine": sizes, **more}
+    done = launched(Path(model.folder.name), 2, sizes, place=str(model.folder.parent), config=config)
+    alone = make_engine(tp=2, model=model, kernels="xla", **more)
+    check(done, alone, 2)
+    assert f"{model.folder.name} is not on the hosts of processes 1: process 0 sends what they keep" in done.stderr
+    [sent] = re.findall(r"sent (\d+) bytes of weights to process 1", done.stderr)
+    leaves = jax.tree.leaves(alone.params)
+    kept = sum(leaf.addressable_shards[1].data.nbytes for leaf in leaves)
+    assert 0.9 * kept <= int(sent) <= 1.02 * kept < 0.8 * sum(leaf.nbytes for leaf in leaves)
+
+
+def test_process_0_is_to_have_the_checkpoint(monkeypatch, tmp_path):
+    """What another process alone has is refused, and says where it is."""
+    talk = types.SimpleNamespace(exchange=lambda mine, decide: decide([False, mine]))
+    monkeypatch.setattr(copying, "channel", lambda name: talk)
+    monkeypatch.setattr(copying, "spans_processes", lambda mesh: True)
+    with pytest.raises(errors.CheckpointNotFoundError, match="on the host of process 1 and not on that of process 0"):
+        copying.understand_together(tmp_path, None, lambda: pytest.fail("it was opened"))
+
+
+def test_weights_are_sent_to_those_who_know_the_key():
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    port, key = copying.serve({"a": InMemory(array)}, 1)
+    with pytest.raises(errors.CheckpointCopyError, match="open the ports between"):
+        copying._Link("127.0.0.1", port, b"another", 1)
+    link = copying._Link("127.0.0.1", port, key, 1)
+    np.testing.assert_array_equal(link.read("a", (Units(1, (2, -1)), None)), [array[2], [0] * 4])
+    with pytest.raises(KeyError):  # what reading raises comes back
+        link.read("b", None)
+    link.close()
 
 
 OVER_PROCESSES: dict[int, list[tuple[str, dict[str, int]]]] = {
