@@ -15,6 +15,7 @@ import jaxinfer
 from jaxinfer.api import open_model
 from jaxinfer.config import EngineConfig
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, RopeConfig
+from jaxinfer.models.config import MoEConfig
 from jaxinfer.placement import place
 from jaxinfer.programs import STATE, Programs
 from jaxinfer.sampling import SamplingArrays
@@ -39,13 +40,19 @@ CONFIG = ModelConfig(
 TOKENS = 1000  # of the cache, unlike any other size
 
 
+def stored_as(model: Decoder, weights: str, *, group: int) -> None:
+    for _, p in nnx.iter_graph(model):
+        if isinstance(p, nnx.Param) and p.get_value().ndim == 2 and p.get_value().shape[1] % group == 0:
+            value = p.get_value()
+            p.set_value(
+                value.astype(weights) if weights == "bfloat16" else round_to_nearest(value, format=weights, group=group)
+            )
+
+
 def program(weights: str, cache, gpu: str, precision: str | None = None):
     """What `gpu` runs for a step of one sequence, and the shapes of cache and weights."""
     model = Decoder(CONFIG)
-    for _, p in nnx.iter_graph(model):
-        if isinstance(p, nnx.Param) and p.get_value().ndim == 2:
-            value = p.get_value()
-            p.set_value(value.astype(weights) if weights == "bfloat16" else round_to_nearest(value, format=weights, group=64))
+    stored_as(model, weights, group=64)
     here = place(model, make_mesh(stage=1, tensor=1), kernels="xla")  # in the order that GPUs read
     mesh = topology_mesh(gpu, (1,) * len(MESH_AXES), MESH_AXES)
     there = lambda spec, tree: jax.tree.map(
@@ -155,14 +162,38 @@ OTHER = dataclasses.replace(
     soft_cap=3.0,
 )
 
+# as in GPT-2: a kv head for each query head, biases, layer norms, positions that are learned
+LEARNED = dataclasses.replace(
+    SMALL,
+    attention=dataclasses.replace(SMALL.attention, kv_heads=4, rope=None, bias=True, output_bias=True),
+    mlp=MLPConfig(width=48, activation="gelu_tanh", gated=False, bias=True),
+    norm="layer",
+    learned_positions=True,
+)
+# one kv head for all, of an odd size, a part of which is rotated; experts in the second layer
+ONE = dataclasses.replace(
+    SMALL,
+    attention=AttentionConfig(heads=4, kv_heads=1, head_dim=10, scale=0.3, rope=RopeConfig(dim=4)),
+    moe=MoEConfig(experts=4, used=2, width=24, normalise=True, layers=(1,)),
+)
+
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "config",
-    [pytest.param(SMALL, id="plain", marks=pytest.mark.full), pytest.param(OTHER, id="windows, caps and norms of heads")],
+    ("config", "weights"),
+    [
+        pytest.param(SMALL, "float32", id="plain", marks=pytest.mark.full),
+        pytest.param(OTHER, "float32", id="windows, caps and norms of heads"),
+        pytest.param(LEARNED, "float32", id="own kv heads and learned positions"),
+        pytest.param(ONE, "float32", id="one kv head, partial rotation, experts"),
+        pytest.param(SMALL, "int8", id="int8 weights", marks=pytest.mark.full),
+        pytest.param(OTHER, "int4", id="int4 weights"),
+    ],
 )
-def test_greedy_tokens_of_the_kernels_are_those_of_the_reference(config):
+def test_greedy_tokens_of_the_kernels_are_those_of_the_reference(config, weights):
     model = Decoder(config)
+    if weights != "float32":
+        stored_as(model, weights, group=16 if weights == "int8" else 32)
     ids = jnp.asarray([[5, 17, 3, 41, 2, 9], [7, 1, 0, 0, 0, 0]], jnp.int32)
     run = lambda: jax.jit(lambda ids: jaxinfer.generate(model, ids, lengths=jnp.array([6, 2]), max_new_tokens=12).tokens)(ids)
     with kernels():
