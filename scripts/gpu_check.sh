@@ -58,7 +58,7 @@ kernel_tests=(tests/pallas_kernels/test_*_kernels.py tests/pallas_kernels/test_*
 if [ -n "$dry" ]; then
   tests+=(--collect-only)
 fi
-part 120 tests.txt "${tests[@]}" -m "not slow and not full and not root and not oracle" "${kernel_tests[@]}" -k "not compile"
+part 120 tests.txt "${tests[@]}" -m "not slow and not full and not root and not oracle and not aot" "${kernel_tests[@]}"
 part 45 tests.txt "${tests[@]}" -m gpu tests/pallas_kernels
 if [ -n "$dry" ]; then
   part 120 decode.txt "$python" scripts/bench/gpu_decode.py --dry-run --prompt 8 --tokens 9 --json "$folder/decode.json"

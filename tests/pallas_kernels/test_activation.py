@@ -107,6 +107,7 @@ def test_wrong_arguments_are_refused():
         choose("quantize_activations", "pallas", gpu, **facts, group=None)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("name", "quant", "gpu"),
     [("llama_3_1_8b", None, "a100"), ("gemma_2_9b", GROUPS, "h100"), ("bert_base", TOKEN, "b200")]
@@ -119,6 +120,7 @@ def test_compiles_for_gpus(name, quant, gpu):
     compiled(gpu, run, x, launches=("activation",))
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(("name", "gpu"), [("llama_3_1_8b.mlp", "h100"), ("smollm2_135m.token", "a100")])
 def test_quantising_compiles_for_gpus(name, gpu):
     spec = QUANTIZED[name]

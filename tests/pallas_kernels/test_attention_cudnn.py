@@ -87,6 +87,7 @@ def test_what_is_asked_of_jax(rng, monkeypatch, causal):
     close(found, wanted, 1e-2)
 
 
+@pytest.mark.aot
 def test_a_program_calls_it(monkeypatch):
     """Compiled for a GPU that is not here; what the library makes of its part does not show."""
     run = functools.partial(attention, rows=None, positions=None, scale=SCALE, implementation="cudnn")

@@ -273,6 +273,7 @@ def program(spec, B, T, tokens, dtype, windowed=True):
     return run, *args, *([S((), jnp.int32)] if windowed else [])
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize(
     ("name", "B", "T", "dtype"),
@@ -299,6 +300,7 @@ def test_few_queries_compile(gpu, name, B, T, dtype):
         assert by_name["decode_attention"].widest_load == 16
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize(
     ("name", "T", "dtype", "windowed"),
@@ -328,6 +330,7 @@ def compiled_kernels(gpu, run, *args):
     return found
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("name", "T", "dtype", "which", "causal", "gpu"),
     [("llama_3_1_8b", 2048, "bfloat16", (), True, "h100")]
@@ -363,6 +366,7 @@ def test_gradients_compile(name, T, dtype, which, causal, gpu):
         assert all(kernel.tensor_cores for kernel in found.values())
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "T", "tokens", "dtype"),
     [
@@ -397,6 +401,7 @@ def test_pages_and_8_bits_compile(gpu, T, tokens, dtype):
     assert own.tensor_cores and own.widest_load == 16
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize(
@@ -424,6 +429,7 @@ def test_everything_at_once_compiles(gpu, T, causal, paged):
     assert ("decode_attention" if T == 1 else "prefill_attention") in found
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_the_gradient_keeps_no_array_of_all_scores():
     """Neither the program nor its arguments hold one of T^2 elements a head, in the loop over distances either."""

@@ -116,6 +116,7 @@ def test_it_is_offered_on_hopper_only(rng):
             attention(q, LayerCache(k=keys, v=keys), rows=None, positions=None, scale=1.0, implementation="mosaic")
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("name", "dtype", "windowed", "lengths"),
     [

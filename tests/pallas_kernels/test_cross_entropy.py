@@ -86,6 +86,7 @@ def test_wrong_arguments_are_refused():
             log_probs(logits, **arguments)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("name", "gpu"),
     [("llama_3_1_8b", "h100"), ("smollm2_135m", "a100"), ("llama_3_1_8b.shard_of_8", "b200")]

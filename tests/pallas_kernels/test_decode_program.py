@@ -72,6 +72,7 @@ def program(weights: str, cache, gpu: str, precision: str | None = None):
     return found, shapes | {shape[1:] for shape in shapes}
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("weights", "cache", "gpu"),
     [
@@ -91,6 +92,7 @@ def test_launches_of_a_layer(weights, cache, gpu):
     assert all(kernel.spilled == 0 for kernel in found.kernels)
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "instruction"), [("highest", ""), ("high", "tf32"), ("default", "tf32")])
 def test_the_precision_of_float32_reaches_the_kernels(precision, instruction):
@@ -126,6 +128,7 @@ BFLOAT16, INT8, INT4 = FORMS
 COLLECTIVE = ("kNccl", "kAllReduce", "kCollective")  # thunks; a sum over shards after each half of a layer
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("form", "tensor", "name"),
     [

@@ -113,6 +113,7 @@ def test_refusals():
             fused_norm(x, jnp.ones(8), kind="rms", eps=1e-5, dropout=wrong)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "gated", "quant"),
     [
@@ -131,6 +132,7 @@ def test_an_activation_with_everything_is_one_launch(gpu, gated, quant):
     compiled(gpu, run, *arguments, launches=("activation",), registers=128)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", [n if n == "h100" else pytest.param(n, marks=pytest.mark.slow) for n in GPU_NAMES])
 def test_norm_gelu_dropout_is_one_launch(gpu):
     def run(x, scale, bias, seed):

@@ -102,6 +102,7 @@ def resources(tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpu", "group", "symmetric", "rows"), [("a100", 128, True, 1), ("h100", 64, False, 8), ("b200", 32, True, 4)]
@@ -116,6 +117,7 @@ def test_compiles_for_gpus(resources, gpu, group, symmetric, rows):
     assert kernel.tensor_cores
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpu", "width", "dtype", "full"),

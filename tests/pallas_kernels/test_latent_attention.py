@@ -116,6 +116,7 @@ def test_refusals():
         call(q, cache, rows=jnp.zeros((2, 2), jnp.int32), implementation="pallas")
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "name", "B", "T", "dtype"),
     [("h100", "deepseek_v3", 1, 1, "bfloat16")]

@@ -141,6 +141,7 @@ def test_wrong_arguments_are_refused():
             route(jnp.ones((2, 8)), **arguments)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("name", "form", "tokens", "gpu"),
     [("mixtral_8x7b", "int4-32", 1, "h100"), ("qwen3_30b_a3b", "int8", 4, "a100")]

@@ -126,6 +126,7 @@ def test_refusals():
         fused_norm(x, scale, kind="batch", eps=1e-5)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize("name", ["llama_3_1_8b", pytest.param("odd.42", marks=pytest.mark.slow)])
 def test_compiles(gpu, name):
@@ -135,6 +136,7 @@ def test_compiles(gpu, name):
     assert found.kernels[0].widest_load == (16 if width % 4 == 0 else 8)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(("gpu", "format"), [("a100", "int8"), ("h100", "fp8"), ("b200", "int8")])
 def test_compiles_with_everything(gpu, format):
     quant = ActivationQuant(format=format)

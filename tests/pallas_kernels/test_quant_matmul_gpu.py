@@ -257,6 +257,7 @@ EVERY = [
 ]
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("spec", "form", "rows", "gpu"),
     PAIRS + [pytest.param(*case, marks=pytest.mark.full) for case in EVERY if case not in PAIRS],
@@ -269,6 +270,7 @@ def test_compiles_for_gpus(spec, form, rows, gpu):
     assert kernel.widest_load >= 8 and kernel.tensor_cores
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "instruction"),
     [
@@ -285,6 +287,7 @@ def test_int8_meets_int8_on_tensor_cores(gpu, instruction):
     assert instruction in product.tensor_cores
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("form", "rows", "gpu"),
     [("int4-128", 1, "h100"), ("int8", 4, "a100"), pytest.param("bfloat16", 1, "b200", marks=pytest.mark.slow)],

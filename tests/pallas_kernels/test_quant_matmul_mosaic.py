@@ -101,6 +101,7 @@ def test_it_is_offered_on_hopper_only():
             run(x, w)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("form", "rows"),
     [

@@ -47,6 +47,7 @@ def test_wrong_arguments_are_refused():
             quantize_weights(w, **arguments)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("form", "gpu"),
     [("int4-128", "h100"), ("int4-64-minimum", "a100"), ("int8", "b200")]

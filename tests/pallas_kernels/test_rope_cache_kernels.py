@@ -131,6 +131,7 @@ def test_interleaved_is_halves_in_another_order(rng):
     close(rope(x, cos, sin, interleaved=True)[..., order], rope(x[..., order], cos, sin), 1e-7)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize(
     ("name", "tokens", "dtype"),
@@ -173,6 +174,7 @@ def test_compiles_and_copies_no_cache(gpu, name, tokens, dtype):
     assert copies(compile_for(gpu, steps, *arguments).text, {a.shape for a in jax.tree.leaves(cache)}) == []
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "tokens", "dtype"),
     [

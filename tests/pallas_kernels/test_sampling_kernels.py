@@ -76,6 +76,7 @@ def test_a_split_vocabulary(rng):
         np.testing.assert_array_equal(jax.jit(run)(jnp.asarray(logits)), logits.argmax(-1))
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 def test_argmax_compiles(gpu):
     logits = S((1, SPECS["llama_3_1_8b"].size), jnp.float32)
@@ -83,6 +84,7 @@ def test_argmax_compiles(gpu):
     assert next(kernel for kernel in found.kernels if kernel.name == "choose").widest_load == 16
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 def test_a_draw_compiles(gpu):

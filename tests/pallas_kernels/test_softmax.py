@@ -59,6 +59,7 @@ def test_refusals():
         softmax(jnp.ones(3), scale=-1)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize("name", [pytest.param("scores_8k", marks=pytest.mark.slow), "llama_3_1_8b.vocab"])
 def test_compiles(gpu, name):

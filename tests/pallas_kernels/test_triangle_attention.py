@@ -105,6 +105,7 @@ def program(name, dtype):
     return jax.grad(loss, (0, 1, 2, 3)), row, row, row, S((1, spec.heads, J, J), jnp.float32), S((1, J, J), jnp.bool_)
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(
     ("gpu", "name", "dtype"),
     [("h100", "alphafold_2.256", "bfloat16")]
@@ -124,6 +125,7 @@ def test_compiles(gpu, name, dtype):
         assert kernel.tensor_cores or dtype == "float32", kernel
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_no_program_holds_all_scores():
     """Forward and backward, the largest array has J^2 N H elements; the reference's has J^3 N, which shows that it would be found."""

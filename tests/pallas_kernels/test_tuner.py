@@ -141,6 +141,7 @@ def test_what_kernels_ask_for(rng):
     assert len(measured) > 3 and all(c.refusal is None for c in measured), measured
 
 
+@pytest.mark.aot
 def test_legal_tiles_of_a_gpu_that_is_not_here():
     from pallas_kernels.deviceless import lower_for
 

@@ -238,6 +238,7 @@ def test_float32_is_exact_in_kernels_unless_jax_is_told_otherwise():
         assert kernel_precision("float32") == jax.lax.Precision.DEFAULT
 
 
+@pytest.mark.aot
 @pytest.mark.parametrize(("precision", "instruction"), [(None, ""), ("high", "tf32"), ("default", "tf32")])
 def test_the_precision_shows_in_the_instruction_that_multiplies(precision, instruction):
     def run(x, w):

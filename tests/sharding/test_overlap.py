@@ -38,6 +38,7 @@ def test_the_users_flags_win():
     assert overlap_options(gpus(2), {"XLA_FLAGS": " ".join(f"--{name}" for name in OVERLAP)}) == {}
 
 
+@pytest.mark.aot
 def test_the_compiler_knows_them():
     """It takes every option, and refuses what it does not know."""
     mesh = gpus(2)
@@ -48,6 +49,7 @@ def test_the_compiler_knows_them():
         summed({f"{SCHEDULER}_of_another_name": True})
 
 
+@pytest.mark.aot
 @pytest.mark.slow
 def test_collective_matmul_is_for_products_that_xla_splits():
     """Why it is not among the options: it makes a loop of permutes of an all-gather that XLA has put in, and leaves ours as it is."""
