@@ -27,8 +27,6 @@ from pallas_kernels.target import Target
 def needs_native(native): ...
 
 
-# --- quant_matmul
-
 FORMS = {
     "float32": None,
     "bfloat16": None,
