@@ -243,6 +243,7 @@ class EngineConfig:
     """How a model is loaded and run.
 
     checkpoint: the model, for init_inference without one. inference_max_tokens: prompt and new tokens of a sequence together.
+    prefill_chunk: tokens of a prompt that are read at once, over the cache of those before them; None reads whole prompts.
     micro_batch_size: sequences decoded in one tick, at most; with a pipeline every stage holds as many, with data parallelism every
     copy. "auto" takes the largest power of two that fits in memory. dtype: of the matrices; None keeps what the checkpoint stores,
     packed weights included. quantization: None leaves weights as they are. engine: the mesh. kv_cache: how keys and values are kept.
@@ -257,6 +258,7 @@ class EngineConfig:
 
     checkpoint: str | None = None
     inference_max_tokens: int = _option(1024, minimum=2)
+    prefill_chunk: int | None = _option(None, minimum=1, also=(None,))
     # a number once the memory plan has chosen it
     micro_batch_size: int | Any = dataclasses.field(default=8, metadata={"minimum": 1, "also": (AUTO,)})
     dtype: str | None = _option(None, enum=DTYPES, advice=", or quantization for fewer bits")
@@ -279,6 +281,10 @@ class EngineConfig:
                 raise ConfigError(f"{name} is {value!r}; give a {part.__name__}, or a dict through EngineConfig.load")
         if self.quantization is not None and not self.quantization.enabled:
             put("quantization", None)
+        if self.prefill_chunk is not None and self.engine.sequence_parallel:
+            raise ConfigError(
+                f"prefill_chunk is {self.prefill_chunk} and engine.sequence_parallel True, which splits whole prompts; leave one"
+            )
         put("dtype", dtype_name(self.dtype))
         for name in ("checkpoint", "compilation_cache", "executables"):
             if isinstance(getattr(self, name), Path):

@@ -92,9 +92,8 @@ class Engine:
         self._params: DecoderWeights | None = placed.weights
         dtype = cache_dtype(config.cache_dtype)
         self.eos_ids = tuple(dict.fromkeys((*eos_ids, *(tokenizer.eos_ids if tokenizer else ()))))
-        self._programs: Programs | None = Programs(
-            placed, cache_dtype=dtype, matmul_precision=config.matmul_precision, kernels=config.kernels
-        )
+        how: dict[str, Any] = {name: getattr(config, name) for name in ("matmul_precision", "kernels", "prefill_chunk")}
+        self._programs: Programs | None = Programs(placed, cache_dtype=dtype, **how)
         weights = lambda: self.params
         self._slots = Slots(self._programs, placed.plan, config, weights, data=self.data_shards, memory=memory_plan)
         self._calls: Channel | None = None  # what is asked, where several processes run this engine

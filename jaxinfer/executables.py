@@ -74,6 +74,7 @@ def identity(programs: Programs) -> dict[str, Any]:
         "cache_dtype": str(programs.cache_dtype),
         "matmul_precision": programs.matmul_precision,
         "kernels": programs.kernels,
+        "prefill_chunk": programs.prefill_chunk,
     }
 
 

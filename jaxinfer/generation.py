@@ -97,10 +97,14 @@ def _used(plan: Plan):
     return None if all(map(all, used)) else jnp.asarray(used)[plan.context.stage_index()]
 
 
-def _pipeline(weights, x, lengths, plan: Plan, spec: LayerSpec) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+def _pipeline(
+    weights, x, lengths, plan: Plan, spec: LayerSpec, chunk: int | None = None
+) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """Rows [B, T, D] through all stages -> (the last stage's output [B, T, D], zeros elsewhere; this stage's fresh caches [B, K, T, H])."""
     ctx, T = plan.context, x.shape[1]
     x = ctx.enter_stages(x)  # only the first stage reads it
+    if chunk is not None and chunk < T:
+        return _chunks(weights, x, lengths, plan, spec, chunk)
     if not ctx.split_tokens:
         return _stages(weights, x, lengths, plan, spec, T)
     x, caches = _stages(weights, ctx.own_tokens(x), lengths, plan, spec, T)
@@ -139,6 +143,42 @@ def _stages(weights, x, lengths, plan: Plan, spec: LayerSpec, tokens: int) -> tu
     return out, caches
 
 
+def _chunks(weights, x, lengths, plan: Plan, spec: LayerSpec, chunk: int) -> tuple[jax.Array, tuple[LayerCache, ...]]:
+    """`_pipeline`, a chunk of tokens at a time, each over the cache of those before it: matrices are no longer than a chunk, and stages
+    work side by side on chunks of one row. Work w is chunk w mod n of micro-batch w div n; at tick t stage s does work t - s."""
+    ctx, P, used = plan.context, plan.context.stages, _used(plan)
+    (rows, T), n = x.shape[:2], -(-x.shape[1] // chunk)
+    parts = P if rows % P == 0 else 1
+    stage, size = ctx.stage_index(), rows // parts
+    x = jnp.pad(x, ((0, 0), (0, n * chunk - T), (0, 0)))
+    fresh = functools.partial(prefill_layers, config=plan.config, spec=spec, ctx=ctx, used=used)
+    shapes = jax.eval_shape(lambda: fresh(weights.layers, x[:size, :chunk], lengths[:size]))[1]
+
+    def tick(t, carry):
+        waiting, out, caches = carry
+        work = t - stage
+        live = (work >= 0) & (work < parts * n)
+        start = jnp.where(live, work // n, 0) * size
+        first = jnp.where(live, work % n, n) * chunk  # a stage without work writes behind all chunks, where nothing is read
+        at = jnp.minimum(first, (n - 1) * chunk)
+        mine = lax.dynamic_slice(x, (start, at, 0), (size, chunk, x.shape[2]))
+        mine = mine if P == 1 else jnp.where(stage == 0, mine, waiting)
+        positions = jnp.broadcast_to(first + jnp.arange(chunk, dtype=jnp.int32), (size, chunk))
+        own = lax.dynamic_slice_in_dim(lengths, start, size)
+        order = start + jnp.arange(size, dtype=jnp.int32)
+        y, caches = cached_layers(
+            weights.layers, mine, caches, positions, plan.config, spec, ctx, rows=order, used=used, lengths=own
+        )
+        old = lax.dynamic_slice(out, (start, at, 0), y.shape)
+        out = lax.dynamic_update_slice(out, jnp.where(live & (stage == P - 1), y, old), (start, at, 0))
+        return ctx.next_stage(y), out, caches
+
+    room = lambda s: jnp.zeros((rows, s.shape[1], (n + 1) * chunk, *s.shape[3:]), s.dtype)
+    begin = (jnp.zeros((size, chunk, x.shape[2]), x.dtype), jnp.zeros_like(x), jax.tree.map(room, shapes))
+    _, out, caches = lax.fori_loop(0, parts * n + P - 1, tick, begin)
+    return out[:, :T], jax.tree.map(lambda a: a[:, :, :T], caches)
+
+
 def prefill(
     weights,
     tokens,
@@ -151,15 +191,16 @@ def prefill(
     top: int,
     prompt: int | None = None,
     processors: NumberedProcessors = (),
+    chunk: int | None = None,
 ) -> Prefix:
     """Read prompts.
 
     tokens int32 [B, T], padded on the right; lengths int32 [B]. row: int32 [N], which of them each of N sequences continues, whose
     `sampling` is [N]; None: each prompt is continued by one. cache_dtype: of the caches. top, processors: see `choose_tokens`. prompt:
-    alternatives to report for the prompts' own tokens (static); None reports nothing of them.
+    alternatives to report for the prompts' own tokens (static); None reports nothing of them. chunk: tokens of a row that are read at once.
     """
     ctx = plan.context
-    x, caches = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan, plan.layer_spec.kept_in(cache_dtype))
+    x, caches = _pipeline(weights, embed(weights, tokens, ctx), lengths, plan, plan.layer_spec.kept_in(cache_dtype), chunk)
     own = None
     if prompt is not None:
         x = ctx.from_last_stage(x)
@@ -462,9 +503,10 @@ def _prompt_choices(weights, x, tokens, lengths, plan: Plan, top: int) -> Choice
     return jax.tree.map(lambda a: jnp.where(real.reshape(*real.shape, *[1] * (a.ndim - 2)), a, 0), found)
 
 
-def score(weights, tokens, lengths, *, plan: Plan) -> Scores:
-    """Log-probability of every token given those before it. tokens int32 [B, T], padded on the right; lengths int32 [B]."""
-    x, _ = _pipeline(weights, embed(weights, tokens, plan.context), lengths, plan, plan.layer_spec)
+def score(weights, tokens, lengths, *, plan: Plan, chunk: int | None = None) -> Scores:
+    """Log-probability of every token given those before it. tokens int32 [B, T], padded on the right; lengths int32 [B]. chunk: see
+    `prefill`."""
+    x, _ = _pipeline(weights, embed(weights, tokens, plan.context), lengths, plan, plan.layer_spec, chunk)
 
     def look(logits, token):
         shards = vocab_shards(plan.context, logits.shape[-1])

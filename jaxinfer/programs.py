@@ -239,18 +239,28 @@ class Programs:
     """The programs of a model. placed may hold ShapeDtypeStructs.
 
     cache_dtype: of keys and values. matmul_precision: jax's default_matmul_precision in them, None to leave it as it is. kernels: see
-    EngineConfig. shapes: of the weights, ShapeDtypeStructs with their shardings. built: those that were asked for so far, also by other
-    engines; what holds a user's function is not among them. coming: work that makes some ready, which calls of others wait for.
+    EngineConfig. prefill_chunk: likewise. shapes: of the weights, ShapeDtypeStructs with their shardings. built: those that were asked
+    for so far, also by other engines; what holds a user's function is not among them. coming: work that makes some ready, which calls of
+    others wait for.
     """
 
-    def __init__(self, placed: Placed, *, cache_dtype, matmul_precision: str | None = None, kernels: str = "auto"):
+    def __init__(
+        self,
+        placed: Placed,
+        *,
+        cache_dtype,
+        matmul_precision: str | None = None,
+        kernels: str = "auto",
+        prefill_chunk: int | None = None,
+    ):
         self.mesh, self.plan, self.specs = placed.mesh, placed.plan, placed.specs
         self.cache_dtype, self.matmul_precision, self.kernels = np.dtype(cache_dtype), matmul_precision, kernels
+        self.prefill_chunk = prefill_chunk
         self.shapes = _sharded(self.mesh, self.specs, placed.weights)
         leaves, tree = jax.tree.flatten(self.shapes)
         weights = tuple((a.shape, a.dtype, a.sharding.spec) for a in leaves)
         chosen = tuple(i for op in registry.operations() for i in registry.implementations(op))
-        arithmetic = (self.plan, self.cache_dtype, matmul_precision, kernels, chosen, tuple(settings().items()))
+        arithmetic = (self.plan, self.cache_dtype, matmul_precision, kernels, prefill_chunk, chosen, tuple(settings().items()))
         self._own: dict[tuple, Program] = {}
         shared = _programs_of((self.mesh, tree, weights, arithmetic))
         self.built, self.coming = shared.built, shared.coming
@@ -264,6 +274,7 @@ class Programs:
         """(weights, tokens [B, T], lengths [B], sampling [B]) -> Prefix. shared: a further argument says which row each of N sequences
         continues, [N], counted within its data shard, and sampling is [N]."""
         static = {"cache_dtype": self.cache_dtype, "top": top, "prompt": prompt, "processors": processors}
+        static |= {"chunk": self.prefill_chunk}
         run = self._model(generation.prefill, **static)
         return Recipe(function=run, inputs=(self.specs, ROWS, ROWS, ROWS, *([ROWS] if shared else [])), outputs=PREFIX)
 
@@ -311,7 +322,9 @@ class Programs:
     @_once
     def score(self) -> Recipe:
         """(weights, tokens [B, T], lengths [B]) -> Scores."""
-        return Recipe(function=self._model(generation.score), inputs=(self.specs, ROWS, ROWS), outputs=ROWS)
+        return Recipe(
+            function=self._model(generation.score, chunk=self.prefill_chunk), inputs=(self.specs, ROWS, ROWS), outputs=ROWS
+        )
 
     @_once
     def forward(self) -> Recipe:

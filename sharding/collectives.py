@@ -361,11 +361,13 @@ def expected_prefill(
     moe_slots: int = 0,
     ragged: bool = False,
     sequence: bool = False,
+    chunked: bool = False,
 ) -> Expected:
     """Of a prefill program that reports nothing of the prompts: with a pipeline its layers and a permute are in a loop, of which a pass is
     a micro-batch on every stage; without one there is no loop. See `expected_decode`. sequence: tokens are split over tensor shards between
     half layers: instead of each sum a reduce-scatter and an all-gather, and an all-gather of the last layer's tokens outside the loop; two
-    of each where the shards lie on several hosts with several each."""
+    of each where the shards lie on several hosts with several each. chunked: prompts are read a chunk at a time, a pass
+    of the loop, which is there without a pipeline too."""
     layers = _of_layers(
         slots=slots, tensor=tensor, tensor_hosts=tensor_hosts, int8=int8, expert=expert, moe_slots=moe_slots, ragged=ragged
     )
@@ -374,9 +376,9 @@ def expected_prefill(
         steps = (tensor > 1) + (tensor_hosts > 1)
         split = {"all_reduce": 0, "reduce_scatter": 2 * slots * steps, "all_gather": 2 * slots * steps}
         layers, ends = dataclasses.replace(layers, **split), ends + Counts(all_gather=steps)
-    if stages == 1:
+    if stages == 1 and not chunked:
         return Expected(outside=layers + ends)
-    return Expected(loop=layers + Counts(collective_permute=1), outside=ends)
+    return Expected(loop=layers + Counts(collective_permute=int(stages > 1)), outside=ends)
 
 
 def expected(
@@ -387,11 +389,12 @@ def expected(
     int8: bool = False,
     ragged: bool = False,
     sequence: bool = False,
+    chunked: bool = False,
     kinds: Sequence[str] | None = None,
 ) -> Expected:
     """`expected_decode` or `expected_prefill` of a model on a mesh of sharding.mesh.make_mesh.
 
-    config: has `layers`, and `moe`, which is None for a model without experts. sequence: of prefill, see there; decoding is as without.
+    config: has `layers`, and `moe`, which is None for a model without experts. sequence, chunked: of prefill, see there.
     kinds: of the layer slots, "moe" those with experts; needed for models that have them in some layers only, by default as few slots as
     can be, all alike.
     """
@@ -400,11 +403,9 @@ def expected(
     sizes = {name: mesh.shape[name] for name in ("tensor", "tensor_hosts", "expert")}
     more: dict[str, Any] = {"int8": int8, "ragged": ragged, "moe_slots": sum(kind == "moe" for kind in kinds)}
     more |= {"slots": len(kinds), "stages": mesh.shape["stage"], **sizes}
-    return (
-        expected_prefill(**more, sequence=sequence)
-        if program == "prefill"
-        else expected_decode(data=mesh.shape["data"], **more)
-    )
+    if program == "prefill":
+        return expected_prefill(**more, sequence=sequence, chunked=chunked)
+    return expected_decode(data=mesh.shape["data"], **more)
 
 
 # --- what each sends

@@ -170,6 +170,10 @@ ENGINE = (
         help="tokens of prompt and text together (inference_max_tokens)",
     ),
     Option(
+        flag="--prefill-chunk", target="prefill_chunk", metavar="N", kind=int,
+        help="tokens of a prompt that are read at once; by default all",
+    ),
+    Option(
         flag="--micro-batch-size", target="micro_batch_size", metavar="N", kind=_whole_or_auto,
         help="sequences that are decoded together, at most; auto: as many as fit",
     ),

@@ -395,16 +395,28 @@ def prefill_layers(
 
 
 def cached_layers(
-    layers, x, caches, positions, config: ModelConfig, spec: LayerSpec, ctx: ParallelContext = ALONE, *, rows, used=None
+    layers,
+    x,
+    caches,
+    positions,
+    config: ModelConfig,
+    spec: LayerSpec,
+    ctx: ParallelContext = ALONE,
+    *,
+    rows,
+    used=None,
+    lengths=None,
 ) -> tuple[jax.Array, tuple[LayerCache, ...]]:
     """New tokens through the layers: x float32 [B, T, D] at positions int32 [B, T] -> ([B, T, D], caches).
 
     rows: cache row of each sequence, int32 [B], or None where rows are the batch. used: bool per layer, or None; an unused slot
     passes x on. Every token is written, also those of sequences that have ended and of unused slots: nothing reads these, and what
     comes to a position next writes it first. A masked write would cost copies of the cache.
+    lengths: int32 [B], tokens of the whole rows, by default up to the last of x.
     """
     ctx = dataclasses.replace(ctx, split_tokens=False)  # few tokens: one sum is one launch, and there is nothing to save
-    angles = config.attention.rope and rope_angles(config.attention.rope, positions, positions[:, -1] + 1)
+    lengths = positions[:, -1] + 1 if lengths is None else lengths
+    angles = config.attention.rope and rope_angles(config.attention.rope, positions, lengths)
     new = []
     for i, (weights, cache) in enumerate(zip(layers, caches, strict=True)):
         with jax.named_scope(f"layer_{i}"):

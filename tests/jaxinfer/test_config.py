@@ -70,6 +70,7 @@ def test_dtype_of_the_cache() -> None:
 EVERYTHING = EngineConfig(
     checkpoint="demo",
     inference_max_tokens=77,
+    prefill_chunk=16,
     micro_batch_size="auto",
     dtype="half",
     quantization=QuantizationConfig(weight_bits=4, activation_bits=16, group_size=32, symmetric=False, head_bits=16),
@@ -154,6 +155,8 @@ def test_file(text: str, word: str, tmp_path: Path) -> None:
         ({"engine": {"data_parallel_size": 0}}, ["engine.data_parallel_size is 0", "at least 1"]),
         ({"engine": {"data_parallel": 2}}, ["no key 'data_parallel'", "'data_parallel_size'"]),
         ({"engine": {"sequence_parallel": True, "int8_across_hosts": True}}, ["engine.sequence_parallel", "leave one of them"]),
+        ({"prefill_chunk": 0}, ["prefill_chunk is 0", "at least 1"]),
+        ({"prefill_chunk": 8, "engine": {"sequence_parallel": True}}, ["prefill_chunk is 8", "leave one"]),
         ({"batch_invariant": "yes"}, ["batch_invariant is 'yes'", "True or False"]),
         ({"batch_invariant": 1}, ["batch_invariant is 1", "True or False"]),
         ({"matmul_precision": "tf32"}, ["matmul_precision is 'tf32'", "highest, high, default"]),
@@ -243,6 +246,7 @@ def allows(rule: dict[str, Any], value: Any, root: dict[str, Any]) -> bool:
 VALUES = {
     "checkpoint": ["demo", None, 5],
     "inference_max_tokens": [2, 1, "2", True],
+    "prefill_chunk": [None, 1, 0, 2.5, "all"],
     "micro_batch_size": [1, "auto", 0, "many", None],
     "dtype": ["fp16", "float32", "int8", None, "float64", 16],
     "quantization": [None, "w4a16-g32", "w4", {}, {"weight_bits": 4}, {"weight_bits": 3}, {"bits": 4}, {"group_size": 3}, 8],

@@ -62,6 +62,27 @@ def test_tokens_split_between_half_layers(make_engine, greedy, sampled, tp: int,
         assert other.greedy_token_ids == one.greedy_token_ids
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("tp", "pp", "chunk"), [(1, 1, 5), (1, 2, 1), (1, 2, 5), (2, 2, 3)])
+def test_prompts_in_chunks(make_engine, greedy, tp: int, pp: int, chunk: int) -> None:
+    """The same text and scores; chunks that divide no prompt, one of a token, and one row alone in the pipe."""
+    engine = make_engine(tp=tp, pp=pp, micro_batch_size=2, prefill_chunk=chunk)
+    assert engine.programs.prefill_chunk == chunk
+    assert tokens_of(engine.generate([PROMPTS[i] for i in (1, 2, 5)], GREEDY)) == [greedy[i] for i in (1, 2, 5)]
+    assert engine.generate(PROMPTS[2], GREEDY).token_ids == greedy[2]
+    whole, found = make_engine().score(PROMPTS[2]), engine.score(PROMPTS[2])
+    assert found.logprobs[1:] == pytest.approx(whole.logprobs[1:], abs=1e-4)
+    assert found.greedy_token_ids == whole.greedy_token_ids
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("cache", "tp", "pp"), [("int8", 1, 2), ("bfloat16", 2, 1), ("int4", 1, 1)])
+def test_prompts_in_chunks_over_small_caches(make_engine, cache: str, tp: int, pp: int) -> None:
+    keys = {"tp": tp, "pp": pp, "kernels": "xla", "kv_cache": {"dtype": cache}}
+    whole, chunked = make_engine(**keys), make_engine(**keys, prefill_chunk=4)
+    assert tokens_of(chunked.generate(PROMPTS[:3], GREEDY)) == tokens_of(whole.generate(PROMPTS[:3], GREEDY))
+
+
 def test_tokens_are_split_over_tensor_shards(tiny_decoder) -> None:
     config = EngineConfig(engine=jaxinfer.ParallelConfig(sequence_parallel=True), inference_max_tokens=64)
     with pytest.raises(errors.MeshError, match="splits tokens over tensor shards, and there is one"):

@@ -86,18 +86,18 @@ def large_shapes(*trees) -> set[tuple[int, ...]]:
     return local | {shape[1:] for shape in local}
 
 
-def check(placed: Placed, text: str, state=None, program: str = "decode") -> None:
+def check(placed: Placed, text: str, state=None, program: str = "decode", chunked: bool = False) -> None:
     ragged = placed.mesh.devices.flat[0].platform == "gpu"
-    more = {"ragged": ragged, "kinds": placed.plan.kinds, "sequence": placed.plan.context.split_tokens}
+    more = {"ragged": ragged, "kinds": placed.plan.kinds, "sequence": placed.plan.context.split_tokens, "chunked": chunked}
     due = expected(placed.plan.config, placed.mesh, program=program, **more)
     assert placed_collectives(text) == (due.loop.by_name(), due.outside.by_name())
     kept = () if state is None else (state.caches, state.history, state.sampling.edits)
     assert copies(text, large_shapes(placed.weights, *kept)) == []
 
 
-def lowered_prefill(placed: Placed, rows: int, tokens: int = 16):
+def lowered_prefill(placed: Placed, rows: int, tokens: int = 16, chunk: int | None = None):
     """The prefill program lowered for `rows` prompts."""
-    programs = Programs(placed, cache_dtype=jnp.float32)
+    programs = Programs(placed, cache_dtype=jnp.float32, prefill_chunk=chunk)
     sampling = jax.eval_shape(lambda: SamplingArrays.zeros((rows,)))
     ids, lengths = jax.ShapeDtypeStruct((rows, tokens), jnp.int32), jax.ShapeDtypeStruct((rows,), jnp.int32)
     program = programs.prefill(0)
@@ -124,6 +124,14 @@ def test_on_cpu_devices(stage, tensor, quantized):
     placed = place(decoder(quantized), make_mesh(stage=stage, tensor=tensor))
     program, state = lowered(placed, batch=2)
     check(placed, program.compile().as_text(), state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "tensor"), [(1, 2), (2, 2)])
+def test_reading_prompts_in_chunks(stage, tensor):
+    """All layers once in the text, in a loop over chunks."""
+    placed = place(decoder(False), make_mesh(stage=stage, tensor=tensor))
+    check(placed, lowered_prefill(placed, rows=2, tokens=18, chunk=5).compile().as_text(), program="prefill", chunked=True)
 
 
 @pytest.mark.slow
