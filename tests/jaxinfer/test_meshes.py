@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -147,7 +148,11 @@ QUANTIZED = [
 @pytest.mark.parametrize(("spec", "tp", "pp"), QUANTIZED)
 def test_quantised(make_engine, wide, spec: str, tp: int, pp: int) -> None:
     """The logical weight is quantised, so that every mesh holds the same levels."""
-    keys = {"model": wide(pp), "quantization": spec, "micro_batch_size": 2}
+    keys: dict[str, Any] = {"model": wide(pp), "quantization": spec, "micro_batch_size": 2}
+    if (
+        "attn8" in spec
+    ):  # many levels on the way: in XLA, where how many rows a call has does not decide how its inputs are rounded
+        keys["kernels"] = "xla"
     alone, spread = make_engine(**keys), make_engine(tp=tp, pp=pp, **keys)
     expected = alone.generate(PROMPTS[1:3], GREEDY)
     assert tokens_of(spread.generate(PROMPTS[1:3], GREEDY)) == tokens_of(expected)

@@ -186,9 +186,14 @@ def test_memory_while_loading_other_precisions(smollm2_gguf: Path, tmp_path: Pat
     assert 134 * MB < weigh(tmp_path / "int8", {})["bytes"] < 140 * MB
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kernels", ["native", "xla"])
-@pytest.mark.parametrize("cores", [1, 2])
+@pytest.mark.parametrize(
+    ("kernels", "cores"),
+    [
+        pytest.param(*case, marks=mark)
+        for mark, cases in ((pytest.mark.slow, [("native", 2), ("xla", 1)]), (pytest.mark.full, [("native", 1), ("xla", 2)]))
+        for case in cases
+    ],
+)
 def test_all_golden_tokens(smollm2_gguf: Path, kernels: str, cores: int) -> None:
     """All golden tokens of every prompt, in a batch of all and alone, with as many threads as cores."""
     if len(os.sched_getaffinity(0)) < cores:
