@@ -9,7 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from agreement import LEVELS, assert_same_texts, with_runner_up
 from flax import nnx
+from tiny_llama import tokens_of
 
 import jaxinfer
 from convert.native import save_native
@@ -55,15 +57,14 @@ def decoder(quantisation: dict | None = None) -> Decoder:
     return model
 
 
-def texts(model: Decoder, prompts=PROMPTS, **sizes: int) -> list[list[int]]:
-    engine = Engine(jaxinfer.place(model, make_mesh(**sizes)), EngineConfig(inference_max_tokens=64, micro_batch_size=2))
-    return [result.token_ids for result in engine.generate(prompts, GREEDY)]
+def engine_of(model: Decoder, **sizes: int) -> Engine:
+    return Engine(jaxinfer.place(model, make_mesh(**sizes)), EngineConfig(inference_max_tokens=64, micro_batch_size=2))
 
 
 @pytest.fixture(scope="module")
 def alone() -> list[list[int]]:
     """On one device, each prompt by itself."""
-    engine = Engine(jaxinfer.place(decoder(), make_mesh()), EngineConfig(inference_max_tokens=64, micro_batch_size=2))
+    engine = engine_of(decoder())
     return [engine.generate(prompt, GREEDY).token_ids for prompt in PROMPTS]
 
 
@@ -85,7 +86,7 @@ MESHES = [
 @pytest.mark.parametrize("sizes", MESHES, ids=str)
 def test_greedy_ids_are_those_of_one_device(alone, sizes: dict[str, int]) -> None:
     """More prompts than there are slots, so that some come while others run."""
-    assert texts(decoder(), **sizes) == alone
+    assert tokens_of(engine_of(decoder(), **sizes).generate(PROMPTS, GREEDY)) == alone
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,8 @@ def test_greedy_ids_are_those_of_one_device(alone, sizes: dict[str, int]) -> Non
 def test_quantised_experts_on_meshes(quantisation: dict, sizes: dict[str, int]) -> None:
     """The logical stack is quantised, so that every mesh holds the same levels."""
     model = decoder(quantisation)
-    assert texts(model, **sizes) == texts(model)
+    expected = engine_of(model).generate(PROMPTS, with_runner_up(GREEDY))
+    assert_same_texts(engine_of(model, **sizes).generate(PROMPTS, GREEDY), expected, LEVELS)
 
 
 @pytest.mark.parametrize("spec", ["w8a16", pytest.param("w4a16-g32", marks=SLOW)])
