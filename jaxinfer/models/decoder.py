@@ -25,7 +25,7 @@ from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
 from pallas_kernels.norm import norm
 from pallas_kernels.qtensor import QTensor
-from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
 from pallas_kernels.shares import share
 from sharding.context import ALONE, ParallelContext
 from sharding.partition import HeadSplit
@@ -239,8 +239,8 @@ def head_logits(weights: DecoderWeights, x, config: ModelConfig, ctx: ParallelCo
     with jax.named_scope("head"):
         table = weights.embedding if weights.head is None else weights.head
         bias = None if weights.norm_bias is None else ctx.enter_vocab(weights.norm_bias)
-        n = norm(ctx.enter_vocab(x), ctx.enter_vocab(weights.norm), bias, kind=config.norm, eps=config.norm_eps)
-        logits = quant_matmul(n, table)
+        last = Norm(kind=config.norm, eps=config.norm_eps, scale=ctx.enter_vocab(weights.norm), bias=bias)
+        logits = fused_matmul(ctx.enter_vocab(x), (table,), norm=last)
         if config.soft_cap is not None:
             logits = config.soft_cap * jnp.tanh(logits / config.soft_cap)
         if not ctx.vocab:

@@ -86,13 +86,15 @@ def load() -> Library | str:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
     """How native calls are made. threads: of a call; None shares the cores out over the devices. instruction_set: one of
-    `Library.instruction_sets`; None takes what JAXINFER_INSTRUCTION_SET names, or else the fastest. Both are fixed when a program
+    `Library.instruction_sets`; None takes what JAXINFER_INSTRUCTION_SET named at import, or else the fastest. Both are fixed when a program
     is traced. No result depends on threads."""
 
     threads: int | None = None
     instruction_set: str | None = None
 
 
+# read once: programs are kept by their options, and a change of it later would not be seen
+_NAMED = os.environ.get("JAXINFER_INSTRUCTION_SET")
 _OPTIONS = jax.make_user_context(Options())  # part of the key of jax's caches of traces
 
 
@@ -116,7 +118,7 @@ def _level(instruction_set: str) -> int:
 
 
 def _named() -> str | None:
-    return _OPTIONS.value.instruction_set or os.environ.get("JAXINFER_INSTRUCTION_SET")
+    return _OPTIONS.value.instruction_set or _NAMED
 
 
 def instruction_set() -> str:

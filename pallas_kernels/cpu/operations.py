@@ -15,7 +15,7 @@ from pallas_kernels.qtensor import QTensor
 from pallas_kernels.shares import share
 
 PRIORITY = 20  # above the dots of XLA
-NORMS = {"rms": 0, "rms_offset": 1, "layer": 2}
+NORMS = {"rms": 0, "rms_offset": 1, "layer": 2, None: 3}
 ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 CACHES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4")  # formats
 _CACHE_OPERAND = 8  # place of the cache among the operands of attention_block
@@ -240,37 +240,56 @@ def supports_quant_matmul(target, facts) -> bool | str:
 
 
 def quant_matmul(x, w, *, bias, max_over_shards):
-    y = _quant_matmul(max_over_shards, x.reshape(-1, x.shape[-1]), w, bias)
+    return _matmul(None, 0.0, max_over_shards, x, w, bias, None, None, None)
+
+
+def supports_fused_matmul(target, facts) -> bool | str:
+    """CPUs; one weight, as in `operands.refusal`, with norm, bias and residual; what is between two weights is in mlp_block."""
+    if len(facts["weights"]) > 1 or facts["activation"] is not None or facts["gated"]:
+        return "it multiplies with one weight, and what comes of it is neither activated nor gated"
+    return library.refusal(target.platform) or operands.refusal(facts["weights"][0], facts["over_shards"]) or True
+
+
+def fused_matmul(given, call):
+    (w,), bias = given.weights, given.biases[0] if given.biases else None
+    arrays = (share(given.lead, bias), given.scale, given.norm_bias, share(given.lead, given.residual))
+    return _matmul(call.kind, call.eps, call.max_over_shards, given.x, w, *arrays).astype(call.out_dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _matmul(kind, eps, max_over_shards, x, w, bias, scale, norm_bias, residual):
+    """x [..., I] -> float32 [..., O]. kind: of the norm that x goes through first, or None."""
+    flat = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
+    y = _call("jaxinfer_quant_matmul", _float(x.size // x.shape[-1], w.shape[0]))(
+        flat(x).astype(jnp.float32),
+        *(operands.given(a) for a in (flat(residual), scale, norm_bias)),
+        *operands.weight(w, bias),
+        integers=operands.integers(*library.call_integers(), NORMS[kind], *operands.facts(w)),
+        numbers=operands.numbers(eps),
+    )
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _quant_matmul(max_over_shards, x, w, bias):
-    return _call("jaxinfer_quant_matmul", _float(x.shape[0], w.shape[0]))(
-        x.astype(jnp.float32),
-        *operands.weight(w, bias),
-        integers=operands.integers(*library.call_integers(), *operands.facts(w)),
-    )
+def _matmul_forward(kind, eps, max_over_shards, *arrays):
+    return _matmul(kind, eps, max_over_shards, *arrays), arrays
 
 
-def _matmul_forward(max_over_shards, *arrays):
-    return _quant_matmul(max_over_shards, *arrays), arrays
-
-
-def _matmul_backward(max_over_shards, arrays, gradient):
+def _matmul_backward(kind, eps, max_over_shards, arrays, gradient):
+    from pallas_kernels.norm import norm
     from pallas_kernels.quant_matmul import reference, xla
 
-    x, w, bias = arrays
-
-    def run(x, w, bias):
+    def run(x, w, bias, scale, norm_bias, residual):
+        if kind is not None:
+            x = norm(x, scale, norm_bias, kind=kind, eps=eps, implementation="reference")
         # a float weight multiplies inputs that were rounded to its dtype
         run = reference if isinstance(w, QTensor) else xla
-        return run.quant_matmul(x, w, bias=bias, max_over_shards=max_over_shards)
+        y = run.quant_matmul(x, w, bias=bias, max_over_shards=max_over_shards)
+        return y if residual is None else residual.astype(jnp.float32) + y
 
-    return jax.vjp(run, x, w, bias)[1](gradient)
+    return jax.vjp(run, *arrays)[1](gradient)
 
 
-_quant_matmul.defvjp(_matmul_forward, _matmul_backward)
+_matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
 # --- argmax

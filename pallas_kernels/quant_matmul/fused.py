@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activation.reference import ACTIVATIONS
+from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.norm import KINDS, norm
 from pallas_kernels.quant_matmul import quant_matmul
@@ -115,7 +116,8 @@ def fused_matmul(
         residual=residual,
         lead=lead,
     )
-    run = choose("fused_matmul", implementation, shape=x.shape, weights=operands.weights)
+    facts = {"shape": x.shape, "weights": operands.weights, "activation": activation, "gated": gated}
+    run = choose("fused_matmul", implementation, **facts, over_shards=max_over_shards is not None)
     return run.function(operands, call)
 
 
@@ -139,4 +141,5 @@ def compose(operands: Operands, call: Call, implementation: str | None = None) -
 
 
 register("fused_matmul", "reference", compose)
+register("fused_matmul", "native", native.fused_matmul, supports=native.supports_fused_matmul, priority=native.PRIORITY)
 register_file("fused_matmul", "pallas", "pallas_kernels.quant_matmul.pallas")

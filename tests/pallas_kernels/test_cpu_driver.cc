@@ -27,14 +27,23 @@ void test_matmul(const Kernels& kernels, Random& random, const std::string& name
   auto x = random.floats(rows * inputs);
   if (random.coin())
     for (int64_t i = 0; i < std::min<int64_t>(64, inputs); ++i) x[static_cast<size_t>(i)] = 0;
-  const Bytes held = exact(x);
+  const auto scale = random.floats(inputs), bias = random.floats(inputs), residual = random.floats(rows * outputs);
+  const Bytes held = exact(x), scales = exact(scale), biases = exact(bias), residuals = exact(residual);
   Bytes y(rows * outputs * 4);
-  MatmulCall call{rows, floats_of(held), w.view, reinterpret_cast<float*>(y.data.get()), static_cast<int>(random.between(1, 4))};
+  // inputs that are rounded may fall to the other side of a half when they come out of a norm
+  const bool rounded = w.view.format == Format::bf16 || (w.view.format != Format::f32 && w.view.input_group >= 0);
+  const NormKind kind = rounded ? NormKind::none : random.pick({NormKind::none, NormKind::rms, NormKind::rms_offset, NormKind::layer});
+  MatmulCall call;
+  call.rows = rows, call.x = floats_of(held), call.w = w.view, call.y = reinterpret_cast<float*>(y.data.get());
+  call.residual = random.coin() ? floats_of(residuals) : nullptr;
+  call.norm = Norm{kind, floats_of(scales), random.coin() ? floats_of(biases) : nullptr, 1e-3f};
+  call.threads = static_cast<int>(random.between(1, 4));
   kernels.matmul(call);
   std::vector<double> want;
   for (int64_t m = 0; m < rows; ++m) {
-    const std::vector<double> row(x.begin() + m * inputs, x.begin() + (m + 1) * inputs), made = multiply(w, row.data());
-    want.insert(want.end(), made.begin(), made.end());
+    const float* const row = x.data() + m * inputs;
+    const std::vector<double> in = kind == NormKind::none ? std::vector<double>(row, row + inputs) : norm(call.norm, row, inputs);
+    for (double v : multiply(w, in.data())) want.push_back(v + (call.residual ? residual[want.size()] : 0));
   }
   compare(name + " matmul " + std::to_string(rows) + "x" + std::to_string(inputs) + "x" + std::to_string(outputs) + " format " +
               std::to_string(static_cast<int>(w.view.format)),

@@ -360,22 +360,29 @@ ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataTy
   return run("mlp_block", table->mlp_block, c);
 }
 
-// integers: level, threads, then those of the weight.
-ffi::Error Matmul(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers) {
+// Operands: x, residual, norm, its bias, weight. integers: level, threads, norm kind, then those of the weight. numbers: eps.
+ffi::Error Matmul(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers, Numbers numbers) {
   Check check;
-  check.require(integers.size() == 2 + kWeightIntegers && args.size() == 5, "the library and its caller are of different versions");
+  check.require(integers.size() == 3 + kWeightIntegers && numbers.size() == 1 && args.size() == 8, "the library and its caller are of different versions");
   if (!check.ok()) return check.error("quant_matmul");
-  const Array x = argument(check, args, 0, "x");
+  const ffi::DataType f32 = ffi::DataType::F32;
+  const Array x = argument(check, args, 0, "x"), residual = argument(check, args, 1, "residual");
+  const Array norm = argument(check, args, 2, "norm"), norm_bias = argument(check, args, 3, "norm bias");
   const Kernels* const table = kernels(check, integers[0]);
   MatmulCall c;
   c.threads = static_cast<int>(integers[1]);
-  c.w = linear(check, args, 1, integers, 2);
-  check.require(x.dims.size() == 2 && x.type == ffi::DataType::F32 && x.dims[1] == c.w.inputs, "x must be float32 [rows, inputs]");
+  c.norm.kind = static_cast<NormKind>(integers[2]);
+  c.w = linear(check, args, 4, integers, 3);
+  check.require(x.dims.size() == 2 && x.type == f32 && x.dims[1] == c.w.inputs, "x must be float32 [rows, inputs]");
   if (!check.ok()) return check.error("quant_matmul");
   c.rows = x.dims[0];
+  norm.check(check, f32, {c.w.inputs});
+  norm_bias.check(check, f32, {c.w.inputs});
+  residual.check(check, f32, {c.rows, c.w.outputs});
   check.require(static_cast<int64_t>(y->element_count()) == c.rows * c.w.outputs, "y has the wrong shape");
   if (!check.ok()) return check.error("quant_matmul");
-  c.x = x.as<float>(), c.y = y->typed_data();
+  c.norm.scale = norm.as<float>(), c.norm.bias = norm_bias.as<float>(), c.norm.eps = numbers[0];
+  c.x = x.as<float>(), c.residual = residual.as<float>(), c.y = y->typed_data();
   return run("quant_matmul", table->matmul, c);
 }
 
@@ -451,6 +458,7 @@ JAXINFER_HANDLER(jaxinfer_quant_matmul, xla::ffi::Ffi::Bind()
                                             .RemainingArgs()
                                             .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
                                             .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                            .Attr<xla::ffi::Span<const float>>("numbers")
                                             .To(jaxinfer::Matmul))
 JAXINFER_HANDLER(jaxinfer_argmax, xla::ffi::Ffi::Bind()
                                       .Arg<xla::ffi::Buffer<xla::ffi::DataType::F32>>()

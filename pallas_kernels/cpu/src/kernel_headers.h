@@ -16,4 +16,9 @@
 // Kernels keep sums in registers only where they are inlined into the loop that owns these.
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_LAMBDA __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLLED _Pragma("unroll")
+#else
+#define UNROLLED _Pragma("GCC unroll 8")
+#endif
 #define INLINE_MEMBER static __attribute__((always_inline))

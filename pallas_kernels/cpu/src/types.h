@@ -26,7 +26,7 @@ struct Linear {
   const float* bias = nullptr;
 };
 
-enum class NormKind : int32_t { rms, rms_offset, layer };
+enum class NormKind : int32_t { rms, rms_offset, layer, none };
 
 struct Norm {
   NormKind kind = NormKind::rms;
@@ -97,6 +97,8 @@ struct MlpCall {
 struct MatmulCall {
   int64_t rows = 0;
   const float* x = nullptr;
+  const float* residual = nullptr;
+  Norm norm;
   Linear w;
   float* y = nullptr;
   int threads = 1;
