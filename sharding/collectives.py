@@ -66,28 +66,41 @@ BLOCK = 256  # numbers that share a scale where sums are sent as INT8
 _SCALE_BYTES = 4
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
-def leave_hosts(x, hosts: str, local: str, int8: bool):
+def sends_directly(mesh: Mesh) -> bool:
+    """Whether a reduce-scatter on a mesh is an all-to-all of parts and a sum on each shard. It sends as many bytes. On CPUs it takes a half
+    to a third of the time: Gloo's reduce-scatter copies all of what it adds to fresh memory, twice."""
+    return mesh.devices.flat[0].platform == "cpu"
+
+
+def _reduce_scatter(x, axis: str, dimension: int, direct: bool):
+    """Of the sum over an axis, each shard's part along a dimension, which the shards divide. direct: see `sends_directly`."""
+    if not direct:
+        return lax.psum_scatter(x, axis, scatter_dimension=dimension, tiled=True)
+    shape = x.shape
+    parts = x.reshape(*shape[:dimension], lax.axis_size(axis), -1, *shape[dimension + 1 :])
+    return jnp.sum(lax.all_to_all(parts, axis, dimension, dimension), dimension)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def leave_hosts(x, hosts: str, local: str, int8: bool, direct: bool):
     """`leave` over the axes (hosts, local) in three steps: reduce-scatter inside a host, all-reduce across, all-gather inside.
 
     So each host sends each number once, and not once a ring: see `all_reduce_bytes`. int8: what crosses hosts is INT8 with a float32 scale
-    per BLOCK numbers, `sum_int8`, and so is what is gathered inside; every device still gets the same result. x: floats of any shape.
+    per BLOCK numbers, `sum_int8`, and so is what is gathered inside; every device still gets the same result. direct: see
+    `sends_directly`. x: floats of any shape.
     """
     n, flat = lax.axis_size(local), x.reshape(-1)
     flat = jnp.pad(flat, (0, -flat.size % n))
-    part = lax.psum_scatter(flat, local, tiled=True)
+    part = _reduce_scatter(flat, local, 0, direct)
     if int8:
-        every = (
-            unpacked(lax.all_gather(sum_int8(part, hosts), local)).reshape(n, -1)[:, : part.size].reshape(-1).astype(x.dtype)
-        )
+        addends = unpacked(lax.all_gather(sum_int8(part, hosts, local, direct), local, axis=1))  # [1 or 2, n, blocks, BLOCK]
+        every = functools.reduce(jnp.add, addends).reshape(n, -1)[:, : part.size].reshape(-1).astype(x.dtype)
     else:
         every = lax.all_gather(lax.psum(part, hosts), local, tiled=True)
     return every[: x.size].reshape(x.shape)
 
 
-leave_hosts.defvjp(
-    lambda x, hosts, local, int8: (leave_hosts(x, hosts, local, int8), None), lambda hosts, local, int8, _, g: (g,)
-)
+leave_hosts.defvjp(lambda x, *static: (leave_hosts(x, *static), None), lambda hosts, local, int8, direct, _, g: (g,))
 
 
 def _packed(x):
@@ -103,17 +116,39 @@ def unpacked(packed):
     return packed[..., :BLOCK].astype(jnp.float32) * scale[..., None]
 
 
-def sum_int8(x, axis: str):
-    """Sum of float vectors [n] over an axis, sent as INT8: an all-to-all of blocks, their sum in float32, an all-gather of its blocks.
-    INT8 [blocks, BLOCK + 4], for `unpacked`: n numbers and zeros behind them.
+def sum_int8(x, hosts: str, local: str, direct: bool):
+    """Sum of float vectors [n] over the axis `hosts`, sent as INT8: INT8 [addends, blocks, BLOCK + 4], whose `unpacked` add up to it, with
+    zeros behind.
 
-    Each number is rounded twice: its error is at most (sum over the shards of m_i, plus m) / 254, with m_i and m the largest magnitudes of
-    its block in shard i and in the sum. The result is the same on all shards.
+    Two hosts send each other all that they have: two addends. More take an all-to-all of blocks, their sum in float32 and an all-gather of
+    its blocks, which is one addend: fewer bytes, another rounding and another wait. With m_i and m the largest magnitudes of a block on
+    host i and in the sum, a number's error is at most the sum of the m_i / 254, with more than two hosts m / 254 more. The result is the
+    same on all shards. local: the axis inside a host. direct: see `sends_directly`.
     """
-    n, size = lax.axis_size(axis), x.size
-    blocks = jnp.pad(x.astype(jnp.float32), (0, -size % (n * BLOCK))).reshape(n, -1, BLOCK)
-    own = jnp.sum(unpacked(lax.all_to_all(_packed(blocks), axis, 0, 0)), 0)
-    return lax.all_gather(_packed(own), axis, tiled=True)
+    n = lax.axis_size(hosts)
+    shares = 1 if n == 2 else n
+    packed = _packed(jnp.pad(x.astype(jnp.float32), (0, -x.size % (shares * BLOCK))).reshape(shares, -1, BLOCK))
+    if n != 2:
+        own = jnp.sum(unpacked(lax.all_to_all(packed, hosts, 0, 0)), 0)
+        return lax.all_gather(_packed(own), hosts, tiled=True)[None]
+    if not direct:
+        return lax.all_gather(packed[0], hosts)
+    both = jnp.concatenate([packed, _of_other_host(packed, hosts, local)])
+    # in the order of the hosts: fused multiply-adds round the second addend less
+    return jnp.where(lax.axis_index(hosts) == 0, both, both[::-1])
+
+
+def _of_other_host(x, hosts: str, local: str):
+    """Integers `x` of the device in this one's place on the other of two hosts. Two permutes.
+
+    Every second device sends first while its neighbours receive, so that both directions of the link are busy. Gloo lets a message go when
+    its receiver has said that it waits, and says so behind what it sends itself: of two that send to each other the one that is ready first
+    waits for all that the other sends, and the link carries one direction at a time.
+    """
+    n = lax.axis_size(local)
+    ways = [(d, n + d) if d % 2 == 0 else (n + d, d) for d in range(n)]
+    there, back = (lax.ppermute(x, (hosts, local), some) for some in (ways, [way[::-1] for way in ways]))
+    return there | back  # of which one is zeros
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
@@ -136,9 +171,9 @@ gather_shards.defvjp(_gather_fwd, _gather_bwd)
 # --- tokens split over tensor shards between half layers (Korthikanti et al. 2022, arXiv:2205.05198, section 4.2.2)
 
 
-def _scatter(x, axes: Axes):
+def _scatter(x, axes: Axes, direct: bool):
     for axis in axes:
-        x = lax.psum_scatter(x, axis, scatter_dimension=1, tiled=True)
+        x = _reduce_scatter(x, axis, 1, direct)
     return x
 
 
@@ -153,24 +188,25 @@ def _own(x, axes: Axes):
     return lax.dynamic_slice_in_dim(x, lax.axis_index(axes) * size, size, 1)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def scatter_tokens(x, axes: Axes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def scatter_tokens(x, axes: Axes, direct: bool):
     """`leave` of x [B, T, ...] of which each shard keeps its T / n tokens: [B, T / n, ...], the i-th those from i T / n on. Its gradient is
-    `gather_tokens`. One reduce-scatter an axis, the first axis first; with the one inside a host first, hosts send their share only."""
-    return _scatter(x, axes)
+    `gather_tokens`. One reduce-scatter an axis, the first axis first; with the one inside a host first, hosts send their share only.
+    direct: see `sends_directly`."""
+    return _scatter(x, axes, direct)
 
 
-scatter_tokens.defvjp(lambda x, axes: (_scatter(x, axes), None), lambda axes, _, g: (_gather(g, axes),))
+scatter_tokens.defvjp(lambda x, *static: (_scatter(x, *static), None), lambda axes, direct, _, g: (_gather(g, axes),))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_tokens(x, axes: Axes):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def gather_tokens(x, axes: Axes, direct: bool):
     """The tokens of all shards, [B, T, ...] of x [B, T / n, ...], into a region over `axes`; its gradient is `scatter_tokens`. One
     all-gather an axis, the last axis first."""
     return _gather(x, axes)
 
 
-gather_tokens.defvjp(lambda x, axes: (_gather(x, axes), None), lambda axes, _, g: (_scatter(g, axes),))
+gather_tokens.defvjp(lambda x, axes, direct: (_gather(x, axes), None), lambda axes, direct, _, g: (_scatter(g, axes, direct),))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -301,18 +337,37 @@ class Expected:
     outside: Counts = Counts()
 
 
-def _of_layers(*, slots: int, tensor: int, tensor_hosts: int, int8: bool, expert: int, moe_slots: int, ragged: bool) -> Counts:
+def _of_layers(
+    *,
+    slots: int,
+    tensor: int,
+    tensor_hosts: int,
+    int8: bool,
+    expert: int,
+    moe_slots: int,
+    ragged: bool,
+    direct: bool,
+    sequence: bool = False,
+) -> Counts:
     """Of the layer slots of one stage: two sums a slot where there are tensor shards, each of which is a reduce-scatter, an all-reduce and
-    an all-gather where these lie on several hosts with several each (with INT8 across hosts an all-to-all and an all-gather instead of
-    its all-reduce). Where experts are split, each of the moe_slots slots of layers that have some takes three all-to-alls: of counts, of
-    rows to the experts and of rows back, the latter two ragged ones where so asked."""
-    sums, layered = 2 * slots * (tensor * tensor_hosts > 1), tensor > 1 and tensor_hosts > 1
+    an all-gather where these lie on several hosts with several each; with INT8 across hosts an all-gather instead of its all-reduce, and
+    with more than two hosts an all-to-all before it. sequence: a reduce-scatter and an all-gather each, two where the shards lie on
+    several hosts with several each. direct: every reduce-scatter is an all-to-all, and INT8 between two hosts are two permutes. Where
+    experts are split, each of the moe_slots slots of layers that have some takes three all-to-alls: of counts, of rows to the experts and
+    of rows back, the latter two ragged ones where so asked."""
+    sums = 2 * slots * (tensor * tensor_hosts > 1)
+    layered = tensor > 1 and tensor_hosts > 1
     exchanges = moe_slots if expert > 1 else 0
+    permuted = layered and int8 and direct and tensor_hosts == 2
+    scattered = sums * (1 + layered if sequence else layered)
     return Counts(
-        all_reduce=0 if layered and int8 else sums,
-        all_gather=sums * (2 if int8 else 1) if layered else 0,
-        reduce_scatter=sums if layered else 0,
-        all_to_all=(sums if layered and int8 else 0) + exchanges * (1 if ragged else 3),
+        all_reduce=0 if sequence or (layered and int8) else sums,
+        all_gather=scattered + (sums if layered and int8 and not permuted else 0),
+        collective_permute=2 * sums if permuted else 0,
+        reduce_scatter=0 if direct else scattered,
+        all_to_all=(scattered if direct else 0)
+        + (sums if layered and int8 and tensor_hosts > 2 else 0)
+        + exchanges * (1 if ragged else 3),
         ragged_all_to_all=2 * exchanges if ragged else 0,
     )
 
@@ -336,16 +391,16 @@ def expected_decode(
     expert: int = 1,
     moe_slots: int = 0,
     ragged: bool = False,
+    direct: bool = False,
 ) -> Expected:
     """Of a decode program that reports no alternatives of tokens: all in its loop, of which a pass is a tick.
 
-    slots: layer slots of a stage. stages, tensor, data, tensor_hosts, expert: sizes of the mesh's axes. Layers and ends (see `_of_layers`
-    and `_of_ends`); with a pipeline a permute, to the next stage; where the batch is split, over data or experts, an all-reduce of a
-    scalar: whether any shard goes on.
+    slots: layer slots of a stage. stages, tensor, data, tensor_hosts, expert: sizes of the mesh's axes. direct: see `sends_directly`.
+    Layers and ends (see `_of_layers` and `_of_ends`); with a pipeline a permute, to the next stage; where the batch is split, over data or
+    experts, an all-reduce of a scalar: whether any shard goes on.
     """
-    layers = _of_layers(
-        slots=slots, tensor=tensor, tensor_hosts=tensor_hosts, int8=int8, expert=expert, moe_slots=moe_slots, ragged=ragged
-    )
+    sizes: dict[str, Any] = {"tensor": tensor, "tensor_hosts": tensor_hosts, "expert": expert, "moe_slots": moe_slots}
+    layers = _of_layers(slots=slots, **sizes, int8=int8, ragged=ragged, direct=direct)
     own = Counts(collective_permute=int(stages > 1), all_reduce=int(data * expert > 1))
     return Expected(loop=layers + _of_ends(stages=stages, shards=tensor * tensor_hosts) + own)
 
@@ -360,6 +415,7 @@ def expected_prefill(
     expert: int = 1,
     moe_slots: int = 0,
     ragged: bool = False,
+    direct: bool = False,
     sequence: bool = False,
     chunked: bool = False,
 ) -> Expected:
@@ -368,14 +424,11 @@ def expected_prefill(
     half layers: instead of each sum a reduce-scatter and an all-gather, and an all-gather of the last layer's tokens outside the loop; two
     of each where the shards lie on several hosts with several each. chunked: prompts are read a chunk at a time, a pass
     of the loop, which is there without a pipeline too."""
-    layers = _of_layers(
-        slots=slots, tensor=tensor, tensor_hosts=tensor_hosts, int8=int8, expert=expert, moe_slots=moe_slots, ragged=ragged
-    )
+    sizes: dict[str, Any] = {"tensor": tensor, "tensor_hosts": tensor_hosts, "expert": expert, "moe_slots": moe_slots}
+    layers = _of_layers(slots=slots, **sizes, int8=int8, ragged=ragged, direct=direct, sequence=sequence)
     ends = _of_ends(stages=stages, shards=tensor * tensor_hosts)
     if sequence:
-        steps = (tensor > 1) + (tensor_hosts > 1)
-        split = {"all_reduce": 0, "reduce_scatter": 2 * slots * steps, "all_gather": 2 * slots * steps}
-        layers, ends = dataclasses.replace(layers, **split), ends + Counts(all_gather=steps)
+        ends += Counts(all_gather=(tensor > 1) + (tensor_hosts > 1))
     if stages == 1 and not chunked:
         return Expected(outside=layers + ends)
     return Expected(loop=layers + Counts(collective_permute=int(stages > 1)), outside=ends)
@@ -402,6 +455,7 @@ def expected(
         kinds = ("moe" if config.moe else "dense",) * -(-config.layers // mesh.shape["stage"])
     sizes = {name: mesh.shape[name] for name in ("tensor", "tensor_hosts", "expert")}
     more: dict[str, Any] = {"int8": int8, "ragged": ragged, "moe_slots": sum(kind == "moe" for kind in kinds)}
+    more["direct"] = sends_directly(mesh)
     more |= {"slots": len(kinds), "stages": mesh.shape["stage"], **sizes}
     if program == "prefill":
         return expected_prefill(**more, sequence=sequence, chunked=chunked)
@@ -429,9 +483,11 @@ def all_reduce_bytes(nbytes: float, *, hosts: int, local: int) -> Sent:
 
 def leave_hosts_bytes(nbytes: float, *, hosts: int, local: int, item: int, int8: bool = False) -> Sent:
     """`leave_hosts` of nbytes a device, `item` bytes a number: inside a host (local - 1) / local of the bytes twice, across hosts
-    2 (hosts - 1) / hosts of them once. INT8 makes them 1 + 4 / BLOCK bytes a number, across hosts and the second time inside."""
+    2 (hosts - 1) / hosts of them once. INT8 makes them 1 + 4 / BLOCK bytes a number, across hosts and the second time inside, where two
+    hosts' numbers are gathered as they came, both."""
     summed = math.ceil(nbytes / item) * (1 + _SCALE_BYTES / BLOCK) if int8 else nbytes
-    return Sent(inside=(local - 1) / local * (nbytes + summed), across=2 * (hosts - 1) / hosts * summed)
+    gathered = 2 * summed if int8 and hosts == 2 else summed
+    return Sent(inside=(local - 1) / local * (nbytes + gathered), across=2 * (hosts - 1) / hosts * summed)
 
 
 def all_gather_bytes(nbytes: float, *, shards: int) -> float:

@@ -17,7 +17,8 @@ class ParallelContext:
 
     tensor: axes that split heads and mlp. stage: the pipeline axis or None. stages: its size. rows: axes that split the batch. expert: the
     one of them that splits experts too, or None. int8_hosts: partial sums cross hosts as INT8 (`collectives.sum_int8`), where tensor
-    shards lie on several. split_tokens: rows of many tokens are split over tensor shards between half layers.
+    shards lie on several. split_tokens: rows of many tokens are split over tensor shards between half layers. direct: see
+    `collectives.sends_directly`.
     """
 
     tensor: tuple[str, ...] = ()
@@ -27,6 +28,7 @@ class ParallelContext:
     expert: str | None = None
     int8_hosts: bool = False
     split_tokens: bool = False
+    direct: bool = False
 
     @classmethod
     def from_mesh(cls, mesh: Mesh) -> "ParallelContext":
@@ -38,6 +40,7 @@ class ParallelContext:
             stages=mesh.shape[STAGE],
             rows=tuple(a for a in ROW_AXES if a in large),
             expert=EXPERT if EXPERT in large else None,
+            direct=collectives.sends_directly(mesh),
         )
 
     # --- tensor parallelism
@@ -49,7 +52,7 @@ class ParallelContext:
         """The sum of partial results over the tensor shards; in layers where they lie on several hosts."""
         if len(self.tensor) > 1:
             hosts, local = self.tensor
-            return collectives.leave_hosts(x, hosts, local, self.int8_hosts)
+            return collectives.leave_hosts(x, hosts, local, self.int8_hosts, self.direct)
         return collectives.leave(x, self.tensor) if self.tensor else x
 
     @property
@@ -88,11 +91,11 @@ class ParallelContext:
 
     def scatter_tokens(self, x):
         """This shard's tokens of the sum of partial results [B, T, ...] over the tensor shards."""
-        return collectives.scatter_tokens(self._divisible(x), self._tokens)
+        return collectives.scatter_tokens(self._divisible(x), self._tokens, self.direct)
 
     def gather_tokens(self, x, tokens: int):
         """The `tokens` tokens of all shards into a tensor-parallel region."""
-        return collectives.gather_tokens(x, self._tokens)[:, :tokens]
+        return collectives.gather_tokens(x, self._tokens, self.direct)[:, :tokens]
 
     def join_tokens(self, x, tokens: int):
         """The `tokens` tokens of all shards, whole on all."""

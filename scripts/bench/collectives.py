@@ -3,10 +3,10 @@
 The hosts are two network namespaces of this machine, joined by a veth pair that is limited on both ends, so it needs root (and iproute2).
 Each runs one process with several CPU devices. What crosses the link is counted by the kernel, headers and acknowledgements included.
 
-The link's share is the time that these bytes take at its rate, over the time of the sum. The rest is what devices do before, between and
-after: the same sums are run without a limit to tell it. Gloo sends a flat sum piece by piece, so that the link is busy all the time. In
-layers every step waits for the one before, and with INT8, whose link time is a quarter, so do packing and unpacking. On CPUs
-cutting a sum into 2, 4 or 8 parts made none of it faster: it overlaps nothing there.
+The link's share is the time that the bytes sent take at its rate, over the time of the sum. The rest is what devices do before, between
+and after, the same sums without a limit tell how much, and what the link stands idle beside that. The bucket that limits the link lets
+BURST bytes through at once after a pause, 1.3 ms' worth at 100 Mbit/s. TCP's congestion control is reno, in both namespaces: every kernel
+has it, while BBR, this machine's default or not, sends the less the longer acknowledgements wait behind what goes the other way.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from sharding.errors import LaunchError  # noqa: E402
 METHODS = ("flat", "layered", "int8")
 ADDRESSES = ("10.79.0.1", "10.79.0.2")
 PORT = 62300
+BURST = 16384  # bytes
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -110,8 +111,9 @@ def two_hosts(mbit: int) -> Iterator[tuple[list[str], list[str]]]:
             run(*inside, "addr", "add", f"{address}/24", "dev", interface)
             run(*inside, "link", "set", interface, "up")
             run(*inside, "link", "set", "lo", "up")
+            run("ip", "netns", "exec", name, "sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control")
             if mbit:
-                limit = ("tbf", "rate", f"{mbit}mbit", "burst", "64k", "latency", "200ms")
+                limit = ("tbf", "rate", f"{mbit}mbit", "burst", BURST, "latency", "200ms")
                 run("tc", "-n", name, "qdisc", "add", "dev", interface, "root", *limit)
         yield names, interfaces
     finally:

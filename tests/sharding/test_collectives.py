@@ -37,9 +37,11 @@ from sharding.partition import split_experts
 from sharding.rules import MESH_AXES, TENSOR_AXES
 
 
-def summed(mesh, int8: bool = False):
+def summed(mesh, int8: bool = False, direct: bool | None = None):
     """[shards, ...] -> for each device the sum over shards, [shards, ...]."""
     ctx = dataclasses.replace(ParallelContext.from_mesh(mesh), int8_hosts=int8)
+    if direct is not None:
+        ctx = dataclasses.replace(ctx, direct=direct)
     return jax.jit(
         jax.shard_map(
             lambda x: ctx.leave(x[0])[None], mesh=mesh, in_specs=P(TENSOR_AXES), out_specs=P(TENSOR_AXES), check_vma=False
@@ -55,20 +57,25 @@ def test_the_sum_in_layers_is_the_sum(shape):
     np.testing.assert_allclose(found[0], x.astype(np.float64).sum(0), atol=2e-6)
 
 
+@pytest.mark.parametrize("direct", [True, False])
+@pytest.mark.parametrize(("hosts", "local"), [(2, 4), (2, 3), (4, 2)])
 @pytest.mark.parametrize("shape", [(8, 512), (3, 7)], ids=str)
-def test_int8_across_hosts_stays_within_its_bound(shape):
-    """Rounded twice, each time by half of the scale of its block at most; blocks are those of a device's part of the flat sum."""
-    x = np.random.default_rng(2).standard_normal((8, *shape)).astype(np.float32)
+def test_int8_across_hosts_stays_within_its_bound(shape, hosts, local, direct):
+    """Rounded once by half of the scale of its block at most, on more than two hosts again; blocks are those of a device's part of the
+    flat sum."""
+    x = np.random.default_rng(2).standard_normal((hosts * local, *shape)).astype(np.float32)
     x[:, 0] *= 100
-    found = np.asarray(summed(make_mesh(tensor_hosts=2, tensor=4), int8=True)(x))
+    found = np.asarray(summed(make_mesh(tensor_hosts=hosts, tensor=local), int8=True, direct=direct)(x))
     assert (found == found[0]).all()
-    flat = x.reshape(2, 4, -1).sum(1, dtype=np.float64)  # of each host
-    part = -(-flat.shape[1] // 4)
-    parts = np.pad(flat, ((0, 0), (0, 4 * part - flat.shape[1]))).reshape(2, 4, part)
-    blocks = np.pad(parts, ((0, 0), (0, 0), (0, -part % (2 * BLOCK)))).reshape(2, 4, -1, BLOCK)
-    largest = np.abs(blocks).max(-1).sum(0) + np.abs(blocks.sum(0)).max(-1) * (1 + 1 / 127)
-    error = np.abs(np.pad(found[0].reshape(-1) - flat.sum(0), (0, 4 * part - flat.shape[1]))).reshape(4, part)
-    error = np.pad(error, ((0, 0), (0, -part % (2 * BLOCK)))).reshape(4, -1, BLOCK).max(-1)
+    flat = x.reshape(hosts, local, -1).sum(1, dtype=np.float64)  # of each host
+    part = -(-flat.shape[1] // local)
+    parts = np.pad(flat, ((0, 0), (0, local * part - flat.shape[1]))).reshape(hosts, local, part)
+    blocks = np.pad(parts, ((0, 0), (0, 0), (0, -part % (hosts * BLOCK)))).reshape(hosts, local, -1, BLOCK)
+    largest = np.abs(blocks).max(-1).sum(0)
+    if hosts > 2:
+        largest += np.abs(blocks.sum(0)).max(-1) * (1 + hosts / 254)
+    error = np.abs(np.pad(found[0].reshape(-1) - flat.sum(0), (0, local * part - flat.shape[1]))).reshape(local, part)
+    error = np.pad(error, ((0, 0), (0, -part % (hosts * BLOCK)))).reshape(local, -1, BLOCK).max(-1)
     assert (error <= largest / 254 + 1e-4).all() and error.max() > 1e-3
 
 
@@ -83,16 +90,17 @@ def test_the_gradient_is_the_identity():
         return jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P(TENSOR_AXES), out_specs=P(TENSOR_AXES), check_vma=False))
 
     x = np.random.default_rng(3).standard_normal((4, 6)).astype(np.float32)
-    layered = gradient(lambda x: leave_hosts(x, *TENSOR_AXES, False))(x)
+    layered = gradient(lambda x: leave_hosts(x, *TENSOR_AXES, False, True))(x)
     np.testing.assert_allclose(layered, gradient(lambda x: leave(x, TENSOR_AXES))(x), atol=1e-6)
     np.testing.assert_allclose(layered, np.broadcast_to(np.cos(x.sum(0)), x.shape), atol=1e-5)
 
 
+@pytest.mark.parametrize("direct", [True, False])
 @pytest.mark.parametrize(("hosts", "tokens"), [(1, 8), (1, 7), (2, 5), (2, 1)])
-def test_shares_of_tokens(hosts, tokens):
+def test_shares_of_tokens(hosts, tokens, direct):
     """Each shard has its tokens of the sum, and all of them make it up; zeros fill what does not divide."""
     mesh = make_mesh(tensor_hosts=hosts, tensor=4 // hosts)
-    ctx = ParallelContext.from_mesh(mesh)
+    ctx = dataclasses.replace(ParallelContext.from_mesh(mesh), direct=direct)
     x = np.random.default_rng(3).standard_normal((4, 2, tokens, 3)).astype(np.float32)
 
     def run(x):
@@ -114,30 +122,44 @@ def test_shares_of_tokens(hosts, tokens):
         np.testing.assert_allclose(whole, np.broadcast_to(x.sum(0), x.shape), atol=1e-6)
 
 
-@pytest.mark.parametrize("int8", [False, True])
-@pytest.mark.parametrize("hosts", [None, 2], ids=["8 CPU devices", "2 x 8 H100"])
-def test_what_is_compiled(hosts, int8):
-    """One of each step; the groups inside are the devices of a host, those across have one device of each."""
-    if hosts is None:
-        mesh, local = make_mesh(tensor_hosts=2, tensor=4), 4
-    else:
-        mesh, local = topology_mesh("h100", (1, 1, 1, 2, 8), MESH_AXES, hosts=2), 8
-    shape = jax.ShapeDtypeStruct((2 * local, 16, 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P(TENSOR_AXES)))
+HOSTS, LOCAL = (["tensor_hosts"], ["tensor"])
+STEPS = {  # groups of each kind, in their order, by: on CPUs, INT8, more than two hosts
+    (False, False, False): {"reduce-scatter": LOCAL, "all-reduce": HOSTS, "all-gather": LOCAL},
+    (False, True, False): {"reduce-scatter": LOCAL, "all-gather": HOSTS + LOCAL},
+    (False, True, True): {"reduce-scatter": LOCAL, "all-to-all": HOSTS, "all-gather": HOSTS + LOCAL},
+    (True, False, False): {"all-to-all": LOCAL, "all-reduce": HOSTS, "all-gather": LOCAL},
+    (True, True, False): {"all-to-all": LOCAL, "all-gather": LOCAL},
+    (True, True, True): {"all-to-all": LOCAL + HOSTS, "all-gather": HOSTS + LOCAL},
+}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "hosts", "local", "int8"),
+    [
+        (True, 2, 4, False),
+        (True, 2, 4, True),
+        (True, 4, 2, True),
+        (False, 2, 8, False),
+        (False, 2, 8, True),
+        pytest.param(False, 4, 4, True, marks=pytest.mark.slow),
+    ],
+)
+def test_what_is_compiled(cpu, hosts, local, int8):
+    """The steps in their order; the groups inside are the devices of a host, those across have one device of each. On two hosts of CPUs
+    INT8 is sent in two permutes, each of one device a place."""
+    sizes = (1, 1, 1, hosts, local)
+    mesh = make_mesh(tensor_hosts=hosts, tensor=local) if cpu else topology_mesh("h100", sizes, MESH_AXES, hosts=hosts)
+    shape = jax.ShapeDtypeStruct((hosts * local, 16, 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P(TENSOR_AXES)))
     with without_compilation_cache():
         text = summed(mesh, int8).lower(shape).compile().as_text()
-    across = {"all-to-all": 1, "all-gather": 2} if int8 else {"all-reduce": 1, "all-gather": 1}
-    assert collectives(text) == {"reduce-scatter": 1, **across}
-    groups = {
-        kind: re.findall(rf" {kind}(?:-start)?\(.*replica_groups=[^{{]*\{{'(\w+)'\}}", text)
-        for kind in ("reduce-scatter", *across)
-    }
-    both = ["tensor_hosts", "tensor"]
-    expected = (
-        {"all-to-all": ["tensor_hosts"], "all-gather": both}
-        if int8
-        else {"all-reduce": ["tensor_hosts"], "all-gather": ["tensor"]}
+    due = STEPS[cpu, int8, hosts > 2]
+    permutes = re.findall(r" collective-permute\(.*source_target_pairs=\{\{(.*?)\}\}", text)
+    assert collectives(text) == {kind: len(groups) for kind, groups in due.items()} | (
+        {"collective-permute": len(permutes)} if permutes else {}
     )
-    assert groups == {"reduce-scatter": ["tensor"], **expected}
+    assert permutes == (["0,4},{5,1},{2,6},{7,3", "4,0},{1,5},{6,2},{3,7"] if cpu and int8 and hosts == 2 else [])
+    groups = {kind: re.findall(rf" {kind}(?:-start)?\(.*replica_groups=[^{{]*\{{'(\w+)'\}}", text) for kind in due}
+    assert {kind: sorted(found) for kind, found in groups.items()} == {kind: sorted(axes) for kind, axes in due.items()}
 
 
 @pytest.mark.parametrize("shards", [2, 4])
@@ -204,7 +226,9 @@ def test_bytes():
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2).across == 131072
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2, int8=True).across == 66560
     assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2).inside == 2 * 7 / 8 * nbytes
-    assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2, int8=True).inside == 7 / 8 * (nbytes + 66560)
+    assert leave_hosts_bytes(nbytes, hosts=2, local=8, item=2, int8=True).inside == 7 / 8 * (nbytes + 2 * 66560)
+    four = leave_hosts_bytes(nbytes, hosts=4, local=8, item=2, int8=True)
+    assert (four.inside, four.across) == (7 / 8 * (nbytes + 66560), 1.5 * 66560)
     assert all_reduce_bytes(nbytes, hosts=1, local=8).across == 0 and all_reduce_bytes(nbytes, hosts=8, local=1).inside == 0
     assert all_gather_bytes(800, shards=8) == 700 and permute_bytes(5) == 5
     shares = scatter_tokens_bytes(nbytes, hosts=2, local=8)  # with as many gathered, what the sum in layers sends
@@ -223,7 +247,12 @@ def test_expected():
     flat = expected_decode(slots=3, stages=1, tensor=1, tensor_hosts=2)
     assert flat.loop.by_name() == {"all-reduce": 11, "all-gather": 1} and flat.outside.by_name() == {}
     quantised = expected_decode(slots=1, stages=1, tensor=2, tensor_hosts=2, int8=True).loop
-    assert quantised.by_name() == {"all-reduce": 5, "all-gather": 5, "reduce-scatter": 2, "all-to-all": 2}
+    assert quantised.by_name() == {"all-reduce": 5, "all-gather": 5, "reduce-scatter": 2}
+    four = {"slots": 1, "stages": 1, "tensor": 2, "tensor_hosts": 4, "int8": True}
+    assert expected_decode(**four).loop.by_name() == {"all-reduce": 5, "all-gather": 5, "reduce-scatter": 2, "all-to-all": 2}
+    assert expected_decode(**four, direct=True).loop.by_name() == {"all-reduce": 5, "all-gather": 5, "all-to-all": 4}
+    sent = expected_decode(**(four | {"tensor_hosts": 2}), direct=True).loop
+    assert sent.by_name() == {"all-reduce": 5, "all-gather": 3, "all-to-all": 2, "collective-permute": 4}
     experts = {"slots": 3, "stages": 1, "tensor": 1, "expert": 4, "moe_slots": 2}
     assert expected_decode(**experts).loop.by_name() == {"all-reduce": 1, "all-to-all": 6}
     ragged = expected_decode(**experts, ragged=True).loop
@@ -235,6 +264,8 @@ def test_expected():
     split = expected_prefill(slots=3, stages=2, tensor=4, sequence=True)
     assert split.loop.by_name() == {"reduce-scatter": 6, "all-gather": 6, "collective-permute": 1}
     assert split.outside.by_name() == {"all-reduce": 6, "all-gather": 2}
+    direct = expected_prefill(slots=3, stages=2, tensor=4, tensor_hosts=2, sequence=True, direct=True)
+    assert direct.loop.by_name() == {"all-to-all": 12, "all-gather": 12, "collective-permute": 1}
 
 
 def test_a_mesh_from_the_hosts():
