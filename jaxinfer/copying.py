@@ -5,7 +5,9 @@ What is sent is what is kept: quantised, cast and cut on process 0. No process h
 
 import contextlib
 import dataclasses
+import os
 import secrets
+import select
 import socket
 import sys
 import threading
@@ -22,7 +24,7 @@ from convert.readers.base import LazyTensor, PackedFormat, Shard, TokenizerAsset
 from jaxinfer.errors import CheckpointCopyError, CheckpointNotFoundError
 from jaxinfer.models.config import ModelConfig
 from pallas_kernels.qtensor import QTensor
-from sharding.distributed import channel, coordinator_host, spans_processes
+from sharding.distributed import channel, coordinator_host, heartbeat, spans_processes
 
 PATIENCE = 60.0  # seconds until process 0 must have answered
 PARTS = ("values", "scales", "zeros", "order", "input_scale")  # of a QTensor
@@ -137,10 +139,16 @@ def _answer(connection: Connection, tensors: Mapping[str, LazyTensor]) -> None:
                 parts = {name: a for name in PARTS if (a := getattr(value, name)) is not None}
             connection.send((form, {name: (a.shape, a.dtype) for name, a in parts.items()}))
             for a in parts.values():
-                if a.size:
-                    connection.send_bytes(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+                left = memoryview(_bytes(np.ascontiguousarray(a)))
+                while left:
+                    left = left[os.write(connection.fileno(), left) :]
                 sent += a.nbytes
     print(f"jaxinfer: sent {sent} bytes of weights to process {process}", file=sys.stderr, flush=True)
+
+
+def _bytes(array: np.ndarray) -> np.ndarray:
+    """The same memory, uint8 [bytes]."""
+    return array.reshape(-1).view(np.uint8)
 
 
 # --- the others
@@ -164,22 +172,37 @@ class _Link:
         with self._lock:
             try:
                 self._connection.send((path, units))
+                self._wait(path)
                 answer = self._connection.recv()
-                if isinstance(answer, Exception):
-                    raise answer
-                form, kinds = answer
-                parts = {name: self._array(*kind) for name, kind in kinds.items()}
-            except (EOFError, ConnectionError) as error:
+                parts = {}
+                if not isinstance(answer, Exception):
+                    form, kinds = answer
+                    parts = {name: self._array(path, *kind) for name, kind in kinds.items()}
+            except (EOFError, OSError) as error:
                 raise CheckpointCopyError(
                     f"process 0 has gone while it sent {path}; look at why it ended, and start all processes again"
                 ) from error
+        if isinstance(answer, Exception):
+            raise answer
         return parts[""] if form is None else form.tensor(**parts)
 
-    def _array(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    def _array(self, path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         out = np.empty(shape, dtype)
-        if out.size:
-            self._connection.recv_bytes_into(out.reshape(-1).view(np.uint8))
+        left = memoryview(_bytes(out))
+        while left:
+            self._wait(path)
+            if not (count := os.readv(self._connection.fileno(), [left])):
+                raise EOFError
+            left = left[count:]
         return out
+
+    def _wait(self, path: str) -> None:
+        """Until something comes; if not, that is said after half a heartbeat: after a whole one jax ends this process, and names none."""
+        here, silence = select.poll(), heartbeat() / 2
+        here.register(self._connection.fileno(), select.POLLIN)
+        if not here.poll(silence * 1000):
+            print(f"jaxinfer: process 0 has sent nothing of {path} for {silence:g} s", file=sys.stderr, flush=True)
+            here.poll()
 
     def close(self) -> None:
         self._connection.close()

@@ -330,6 +330,11 @@ def coordinator_host() -> str:
     return split_address(str(distributed.global_state.coordinator_address))[0]
 
 
+def heartbeat() -> int:
+    """Seconds after which a process that is not heard of ends the others; where someone else has started jax.distributed, HEARTBEAT."""
+    return HEARTBEAT if _run is None else _run.launch.heartbeat
+
+
 # --- what processes tell each other
 
 

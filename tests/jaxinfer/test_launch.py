@@ -24,6 +24,7 @@ import jaxinfer
 from jaxinfer import SamplingParams, copying, errors
 from jaxinfer.cli import main
 from jaxinfer.placement import InMemory
+from sharding.network import free_port
 from sharding.partition import Units
 
 ROOT = Path(__file__).parents[2]
@@ -116,6 +117,56 @@ def test_weights_are_sent_to_those_who_know_the_key():
     with pytest.raises(KeyError):  # what reading raises comes back
         link.read("b", None)
     link.close()
+
+
+# process 0 goes when the sixth slice is asked for
+COPIED = """
+import os, sys
+from sharding import distributed
+distributed.start()
+import jax, jaxinfer
+from jaxinfer import copying
+source, place, number = sys.argv[1:]
+os.chdir(place if jax.process_index() == 0 else "/")
+serve, asked = copying.serve, []
+class Going(dict):
+    def __getitem__(self, path):
+        asked.append(path)
+        if len(asked) == 6:
+            os.kill(os.getpid(), int(number))
+        return super().__getitem__(path)
+copying.serve = lambda tensors, clients: serve(Going(tensors), clients)
+jaxinfer.init_inference(source, {"inference_max_tokens": 64, "engine": {"tensor_parallel_size": 3}})
+print("placed", flush=True)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=lambda number: number.name)
+def test_process_0_goes_while_it_copies(tiny, number):
+    """No launcher: each of the others names it, and ends within the heartbeat with nothing placed."""
+    port, children = free_port(), []
+    for process in range(3):
+        own = {"JAXINFER_PROCESSES": "3", "JAXINFER_PROCESS": str(process), "JAXINFER_COORDINATOR": f"127.0.0.1:{port}"}
+        env = os.environ | ENV | own | {"JAX_NUM_CPU_DEVICES": "1"}
+        command = [sys.executable, "-c", COPIED, tiny.folder.name, str(tiny.folder.parent), str(int(number))]
+        children.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    try:
+        stopped = number == signal.SIGSTOP
+        gone = os.waitid(os.P_PID, children[0].pid, (os.WSTOPPED if stopped else os.WEXITED) | os.WNOWAIT)
+        began = time.monotonic()
+        assert gone is not None and gone.si_status == number
+        for child in children[1:]:
+            said, error = child.communicate(timeout=60)
+            assert child.returncode and not said, error
+            assert re.search(
+                "process 0 has sent nothing of .* for 5 s" if stopped else "process 0 has gone while it sent", error
+            )
+        assert time.monotonic() - began < 15
+    finally:
+        for child in children:
+            child.kill()
+            child.communicate()
 
 
 OVER_PROCESSES: dict[int, list[tuple[str, dict[str, int]]]] = {
