@@ -14,7 +14,7 @@ from jaxinfer.values import CACHE_DTYPES, DTYPES, check_keys, dtype_name, merge
 from pallas_kernels.qtensor import ActivationQuant
 
 AUTO = "auto"
-MATMUL_PRECISIONS = ("highest", "high", "default")
+MATMUL_PRECISIONS = ("float32", "tf32_x3", "tf32", "bfloat16")
 KERNELS = ("auto", "native", "xla")
 SHORT_FORM = r"(int8|int4|w([48])a(8|16)|(fp8|nf4|mxfp4|stored))((?:-g\d+|-asym|-token|-a8|-a16|-attn8)*)"  # of a quantisation
 RULE_FORM = f"{SHORT_FORM}|{'|'.join(DTYPES)}"
@@ -247,8 +247,9 @@ class EngineConfig:
     micro_batch_size: sequences decoded in one tick, at most; with a pipeline every stage holds as many, with data parallelism every
     copy. "auto" takes the largest power of two that fits in memory. dtype: of the matrices; None keeps what the checkpoint stores,
     packed weights included. quantization: None leaves weights as they are. engine: the mesh. kv_cache: how keys and values are kept.
-    matmul_precision: how float32 matrices are multiplied on a GPU: highest as float32, high as three TF32 products, default as one TF32
-    product. kernels: auto takes the fastest implementation of every operation, native requires those for CPUs, xla does without them.
+    matmul_precision: how float32 matrices are multiplied on a GPU: float32 as they are, tf32_x3 as three products of TF32, tf32 as one of
+    10 bits of mantissa, bfloat16 as one of 7. kernels: auto takes the fastest implementation of every operation, native requires those for
+    CPUs, xla does without them.
     batch_invariant: a sequence's arithmetic has the same shapes whoever shares the batch, so that its result is the same bit
     for bit; every step costs what a full batch costs. max_logprobs: alternatives that a request may ask for. memory_fraction: of the
     device's free memory that weights, cache and temporary arrays may take. compilation_cache: folder of XLA's persistent cache; None is
@@ -265,7 +266,7 @@ class EngineConfig:
     quantization: QuantizationConfig | None = None
     engine: ParallelConfig = ParallelConfig()
     kv_cache: CacheConfig = CacheConfig()
-    matmul_precision: str = _option("highest", enum=MATMUL_PRECISIONS)
+    matmul_precision: str = _option("float32", enum=MATMUL_PRECISIONS)
     kernels: str = _option("auto", enum=KERNELS)
     batch_invariant: bool = False
     max_logprobs: int = _option(5, minimum=0, maximum=MAX_TOP_LOGPROBS)

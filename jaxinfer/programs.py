@@ -24,6 +24,7 @@ from jaxinfer.generation import Prefix, State
 from jaxinfer.placement import Placed, local_layers
 from jaxinfer.sampling import NumberedProcessors
 from pallas_kernels import registry
+from pallas_kernels.precision import JAX_NAMES
 from sharding.distributed import channel, spans_processes
 from sharding.overlap import overlap_options
 from sharding.rules import ROW_AXES, STAGE, TENSOR_AXES
@@ -63,8 +64,9 @@ class Program:
     """A function over a mesh, compiled for the shapes that it meets: by jax.jit at their first call, or before it.
 
     name, static: which program of a model it is. weights: whether its first argument is the model's weights, whose shapes are always the
-    same. precision: jax's default_matmul_precision while it is traced. kernels: see EngineConfig. ready: executables for some shapes of its
-    arguments; others go through jax.jit, which has compiled for those of `met`. coming: work that is finding out what `ready` should have.
+    same. precision: EngineConfig.matmul_precision; None leaves jax's setting as it is. kernels: see EngineConfig. ready: executables for
+    some shapes of its arguments; others go through jax.jit, which has compiled for those of `met`. coming: work that is finding out what
+    `ready` should have.
     """
 
     def __init__(
@@ -156,7 +158,7 @@ def _named(function: Callable, name: str, precision: str | None, without: Sequen
     """The function under a name of its own, which compiled modules and profiles carry, with a precision and a choice of kernels."""
 
     def run(*arguments):
-        precise = contextlib.nullcontext() if precision is None else jax.default_matmul_precision(precision)
+        precise = contextlib.nullcontext() if precision is None else jax.default_matmul_precision(JAX_NAMES[precision])
         with precise, registry.using(without=without):
             return function(*arguments)
 
@@ -238,8 +240,8 @@ def settings() -> dict[str, Any]:
 class Programs:
     """The programs of a model. placed may hold ShapeDtypeStructs.
 
-    cache_dtype: of keys and values. matmul_precision: jax's default_matmul_precision in them, None to leave it as it is. kernels: see
-    EngineConfig. prefill_chunk: likewise. shapes: of the weights, ShapeDtypeStructs with their shardings. built: those that were asked
+    cache_dtype: of keys and values. matmul_precision: see EngineConfig, None leaves jax's setting as it is. kernels,
+    prefill_chunk: see EngineConfig. shapes: of the weights, ShapeDtypeStructs with their shardings. built: those that were asked
     for so far, also by other engines; what holds a user's function is not among them. coming: work that makes some ready, which calls of
     others wait for.
     """

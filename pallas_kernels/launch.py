@@ -8,6 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
+from pallas_kernels.precision import float32_precision
 from pallas_kernels.target import Target, interpreted
 
 OLDEST = (8, 0)  # Ampere: bfloat16 on tensor cores
@@ -26,14 +27,11 @@ def gpu_refusal(target: Target) -> str | None:
 def kernel_precision(dtype) -> lax.Precision | lax.DotAlgorithmPreset:
     """The `precision` of a dot inside a kernel whose operands have this dtype: as `precision.dot_precision` outside of kernels.
 
-    float32: exact, unless `jax_default_matmul_precision` says otherwise: "high" is three TF32 products, anything lower one.
+    The interpreter multiplies float32 as float32 in any case.
     """
-    chosen = jax.config.jax_default_matmul_precision
-    if dtype != "float32" or chosen in (None, "highest", "float32"):
-        return lax.Precision.HIGHEST if dtype == "float32" else lax.Precision.DEFAULT
-    if interpreted():
+    if dtype != "float32":
         return lax.Precision.DEFAULT
-    return lax.DotAlgorithmPreset.TF32_TF32_F32_X3 if chosen == "high" else lax.Precision.DEFAULT
+    return lax.Precision.HIGHEST if interpreted() else float32_precision()
 
 
 def launch(

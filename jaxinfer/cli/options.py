@@ -11,7 +11,7 @@ from jaxinfer.cli.environment import start_jax
 from jaxinfer.cli.output import short_name, work
 
 DTYPES = ("float32", "bfloat16", "float16")
-MATMUL_PRECISIONS = ("highest", "high", "default")
+MATMUL_PRECISIONS = ("float32", "tf32_x3", "tf32", "bfloat16")
 KERNELS = ("auto", "native", "xla")
 SOURCE_HELP = "a folder, a .gguf file, a converted folder, a hub id, or demo"
 QUANTIZE_HELP = (
@@ -181,7 +181,7 @@ ENGINE = (
         flag="--kv-cache-dtype", target="kv_cache.dtype", choices=(*DTYPES, "int8", "fp8", "int4"), help="by default that of the weights",
     ),
     Option(
-        flag="--matmul-precision", target="matmul_precision", choices=MATMUL_PRECISIONS, help="of float32 on a GPU; highest by default",
+        flag="--matmul-precision", target="matmul_precision", choices=MATMUL_PRECISIONS, help="of float32 on a GPU",
     ),
     Option(flag="--kernels", target="kernels", choices=KERNELS, help="native: those for CPUs are required; xla: do without them"),
     Option(flag="--batch-invariant", target="batch_invariant", kind=bool, help="the same results bit for bit whoever shares the batch"),

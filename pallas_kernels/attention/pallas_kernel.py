@@ -12,6 +12,7 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.kernel_math import LOG2_E, masked_slice
 from pallas_kernels.launch import NARROWEST_FP8, kernel_precision
+from pallas_kernels.precision import in_bfloat16
 
 SMALLEST = 16  # sides of a tensor core's tile
 NOTHING = -1e30  # finite, so that a block that sees nothing gives no NaN
@@ -163,11 +164,11 @@ def zero_of(dtype):
 
 def dot_cached(a, b, *, across: bool, twice: bool):
     """`dot` of float32 with cached elements. Those of 8 bits are exact in bfloat16; twice: what they multiply is then given in two parts,
-    16 bits of it, where products cost nothing."""
+    16 bits of it, where products cost nothing, unless float32 may become bfloat16."""
     if b.dtype.itemsize != 1:
         return dot(a, b, across=across)
     b, high = b.astype(jnp.bfloat16), a.astype(jnp.bfloat16)
-    if not twice:
+    if not twice or in_bfloat16():
         return dot(high, b, across=across)
     return dot(high, b, across=across) + dot(a - high.astype(jnp.float32), b, across=across)
 

@@ -37,7 +37,7 @@ def grouped_matmul(x, w, sizes, bias, *, activation, gated, out_dtype):
             levels, scales = quantize_activations(x, w.activation, static=static, implementation="reference")
             x = dequantize_activations(levels, scales, w.activation)
         w = dequantize(w)
-    precision = dot_precision(x.dtype, rows=x.shape[0])
+    precision = dot_precision(x.dtype, rows=x.shape[0], ragged=True)
     z = jax.lax.ragged_dot(x, jnp.swapaxes(w.astype(jnp.float32), 1, 2), sizes, precision=precision)
     if bias is not None:
         z = z + jnp.repeat(bias.astype(jnp.float32), sizes, axis=0, total_repeat_length=x.shape[0])

@@ -17,6 +17,7 @@ from pallas_kernels import gpus
 from pallas_kernels.launch import NARROWEST_FP8, gpu_refusal, launch
 from pallas_kernels.moe import reference as moe_reference
 from pallas_kernels.norm import fused_norm
+from pallas_kernels.precision import in_bfloat16
 from pallas_kernels.qtensor import QTensor, packing_block
 from pallas_kernels.quant_matmul import fused
 from pallas_kernels.quant_matmul.decoding import BYTES, NIBBLES, stored
@@ -305,7 +306,7 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None,
 
 
 def _terms(x, w, rows: int) -> int:
-    """How many bfloat16 an element of x becomes: two where float32 is wanted as such and the levels of the weight are exact."""
-    exact = jax.config.jax_default_matmul_precision in (None, "highest", "float32", "high")
+    """How many bfloat16 an element of x becomes: two, 16 bits of it, where more is wanted of float32 than bfloat16 and the levels of the
+    weight are exact."""
     rounded = not isinstance(w, QTensor) or (w.group is not None and rows > SMALL) or w.format == "nf4"
-    return 2 if x.dtype == jnp.float32 and exact and not rounded else 1
+    return 2 if x.dtype == jnp.float32 and not in_bfloat16() and not rounded else 1

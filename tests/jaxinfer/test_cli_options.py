@@ -86,7 +86,7 @@ def test_options_of_the_engine_reach_the_configuration(tmp_path):
     file = tmp_path / "engine.json"
     file.write_text(json.dumps({"inference_max_tokens": 77, "engine": {"tensor_parallel_size": 4}, "max_logprobs": 2}))
     given = ["--dtype", "bfloat16", "--quantize", "w8a8", "--tp", "2", "--pp", "3", "--dp", "2", "--max-length", "99"]
-    given += ["--micro-batch-size", "auto", "--kv-cache-dtype", "int8", "--matmul-precision", "high", "--batch-invariant"]
+    given += ["--micro-batch-size", "auto", "--kv-cache-dtype", "int8", "--matmul-precision", "tf32", "--batch-invariant"]
     given += ["--max-logprobs", "7", "--memory-fraction", "0.5", "--compilation-cache", "off"]
     for command in ("generate", "chat", "score"):
         config = options.engine_config(parsed(command, "x", "--config", str(file), *given))
@@ -97,7 +97,7 @@ def test_options_of_the_engine_reach_the_configuration(tmp_path):
             inference_max_tokens=99,
             micro_batch_size="auto",
             kv_cache=CacheConfig(dtype="int8"),
-            matmul_precision="high",
+            matmul_precision="tf32",
             batch_invariant=True,
             max_logprobs=7,
             memory_fraction=0.5,

@@ -76,7 +76,7 @@ EVERYTHING = EngineConfig(
     quantization=QuantizationConfig(weight_bits=4, activation_bits=16, group_size=32, symmetric=False, head_bits=16),
     engine=ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=3, data_parallel_size=4),
     kv_cache=CacheConfig(dtype="int8"),
-    matmul_precision="high",
+    matmul_precision="tf32",
     kernels="xla",
     batch_invariant=True,
     max_logprobs=7,
@@ -159,8 +159,8 @@ def test_file(text: str, word: str, tmp_path: Path) -> None:
         ({"prefill_chunk": 8, "engine": {"sequence_parallel": True}}, ["prefill_chunk is 8", "leave one"]),
         ({"batch_invariant": "yes"}, ["batch_invariant is 'yes'", "True or False"]),
         ({"batch_invariant": 1}, ["batch_invariant is 1", "True or False"]),
-        ({"matmul_precision": "tf32"}, ["matmul_precision is 'tf32'", "highest, high, default"]),
-        ({"matmul_precison": "high"}, ["'matmul_precison'", "did you mean 'matmul_precision'"]),
+        ({"matmul_precision": "highest"}, ["matmul_precision is 'highest'", "float32, tf32_x3, tf32, bfloat16"]),
+        ({"matmul_precison": "tf32"}, ["'matmul_precison'", "did you mean 'matmul_precision'"]),
         ({"quantization": {"enabled": "true"}}, ["quantization.enabled is 'true'", "True or False"]),
         ({"quantization": {"symmetric": 0}}, ["quantization.symmetric is 0", "True or False"]),
         ({"quantization": {"weight_bits": 8.0}}, ["quantization.weight_bits is 8.0", "8, 4, 16, 32"]),
@@ -182,14 +182,14 @@ def test_refused(values: dict[Any, Any], words: list[str]) -> None:
 
 @pytest.mark.parametrize("precision", MATMUL_PRECISIONS)
 def test_matmul_precision_is_that_of_the_programs(tiny, precision: str) -> None:
-    """Of every product of float32 matrices, whatever jax's own setting is."""
+    """Of every product of float32 matrices, whatever jax's own setting is; a CPU is told it in jax's words."""
     engine = jaxinfer.init_inference(tiny.folder, {"matmul_precision": precision, "kernels": "xla", "inference_max_tokens": 32})
     programs = engine._running()
     ids, lengths = jax.ShapeDtypeStruct((1, 16), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.int32)
     with jax.default_matmul_precision("bfloat16"):
         text = programs.score().lower(programs.shapes, ids, lengths).as_text()
     dots = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
-    name = precision.upper()
+    name = {"float32": "HIGHEST", "tf32_x3": "HIGH", "tf32": "HIGH", "bfloat16": "DEFAULT"}[precision]
     assert len(dots) > 3 and all(f"precision = [{name}, {name}]" in line for line in dots)
 
 

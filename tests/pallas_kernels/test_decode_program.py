@@ -94,7 +94,9 @@ def test_launches_of_a_layer(weights, cache, gpu):
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.parametrize(("precision", "instruction"), [("highest", ""), ("high", "tf32"), ("default", "tf32")])
+@pytest.mark.parametrize(
+    ("precision", "instruction"), [("float32", ""), ("tf32_x3", "tf32"), ("tf32", "tf32"), ("bfloat16", "bf16")]
+)
 def test_the_precision_of_float32_reaches_the_kernels(precision, instruction):
     """In attention over a float32 cache, as the instruction that multiplies; in a matmul, as the bfloat16 that an input becomes."""
     found: list = []
@@ -102,7 +104,7 @@ def test_the_precision_of_float32_reaches_the_kernels(precision, instruction):
     used = {kernel.name: kernel.tensor_cores for kernel in found[0][0].kernels}
     assert instruction in used["decode_attention"] and bool(used["decode_attention"]) == bool(instruction)
     terms = {task.key["terms"] for task in tasks if task.op == "quant_matmul" and task.key["format"] == "int8"}
-    assert terms == {1 if precision == "default" else 2}
+    assert terms == {1 if precision == "bfloat16" else 2}
 
 
 def of_llama(form: dict, tensor: int, name: str):

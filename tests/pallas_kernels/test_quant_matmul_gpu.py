@@ -125,10 +125,10 @@ def test_float32_inputs_are_rounded_where_that_is_asked_for(rng):
     w = weight(rng, 16, 256, "int8")
     x = jnp.asarray(rng.standard_normal((1, 256)), jnp.float32)
     errors = {}
-    for precision in ("highest", "default"):
+    for precision in (None, "tensorfloat32", "bfloat16"):
         with kernels(), jax.default_matmul_precision(precision):
             errors[precision] = error(quant_matmul(x, w, implementation="pallas"), x, w)
-    assert errors["highest"] < EXACT < errors["default"] < ROUNDED
+    assert errors[None] == errors["tensorfloat32"] < EXACT < errors["bfloat16"] < ROUNDED
 
 
 # norm, form, rows, outputs of the weights, gated, activation, residual

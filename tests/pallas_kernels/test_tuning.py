@@ -1,8 +1,6 @@
 """Tiles: explicit over tuned over heuristic; GPUs by name; kernels' files, each of which may be missing."""
 
-import contextlib
 import dataclasses
-import functools
 import json
 import logging
 import subprocess
@@ -10,13 +8,12 @@ import sys
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import gpus, tuning
-from pallas_kernels.deviceless import compile_for, topology_mesh
+from pallas_kernels.deviceless import topology_mesh
 from pallas_kernels.errors import BackendError
-from pallas_kernels.launch import gpu_refusal, kernel_precision, launch
+from pallas_kernels.launch import gpu_refusal
 from pallas_kernels.target import Target, current_target, interpreted, interpreting
 from pallas_kernels.tuning import device_folder, tile_for, tiles
 
@@ -227,28 +224,3 @@ def test_which_gpus_there_are_kernels_for():
         assert reason in gpu_refusal(Target(platform="gpu", device_kind=kind))
     for kind in ("NVIDIA GeForce RTX 3090", "NVIDIA of another year"):
         assert gpu_refusal(Target(platform="gpu", device_kind=kind)) is None
-
-
-def test_float32_is_exact_in_kernels_unless_jax_is_told_otherwise():
-    assert kernel_precision("bfloat16") == jax.lax.Precision.DEFAULT
-    assert kernel_precision("float32") == jax.lax.Precision.HIGHEST
-    with jax.default_matmul_precision("high"):
-        assert kernel_precision("float32") == jax.lax.DotAlgorithmPreset.TF32_TF32_F32_X3
-    with jax.default_matmul_precision("tensorfloat32"):
-        assert kernel_precision("float32") == jax.lax.Precision.DEFAULT
-
-
-@pytest.mark.aot
-@pytest.mark.parametrize(("precision", "instruction"), [(None, ""), ("high", "tf32"), ("default", "tf32")])
-def test_the_precision_shows_in_the_instruction_that_multiplies(precision, instruction):
-    def run(x, w):
-        def kernel(x_ref, w_ref, y_ref):
-            dot = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
-            y_ref[...] = dot(x_ref[...], w_ref[...], (((1,), (0,)), ((), ())), precision=kernel_precision(x_ref.dtype))
-
-        return launch(kernel, x, w, name="product", out=x, grid=(1,), warps=4)
-
-    square = jax.ShapeDtypeStruct((32, 32), jnp.float32)
-    with jax.default_matmul_precision(precision) if precision else contextlib.nullcontext():
-        (kernel,) = compile_for("a100", run, square, square).kernels
-    assert instruction in kernel.tensor_cores and bool(kernel.tensor_cores) == bool(instruction)
