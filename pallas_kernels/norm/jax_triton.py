@@ -12,10 +12,10 @@ from pallas_kernels.jax_triton import triton_call, triton_refusal
 from pallas_kernels.kernel_math import power_of_two
 from pallas_kernels.norm import reference
 from pallas_kernels.norm.output import NormOutput
+from pallas_kernels.norm.rows import rows_refusal
 from pallas_kernels.target import interpreted
 from pallas_kernels.tuning import tile_for
 
-WIDEST = 1 << 15  # what a block of 1024 threads holds in registers
 KINDS = {"rms": 0, "rms_offset": 1, "layer": 2}
 ACTIVATIONS = {None: 0, "silu": 1, "gelu": 2, "gelu_tanh": 3, "relu": 4}
 
@@ -28,13 +28,8 @@ class Tile:
 
 
 def _supports(target, facts) -> bool | str:
-    if reason := triton_refusal(target, (kernel,)):
+    if reason := triton_refusal(target, (kernel,)) or rows_refusal(facts["shape"]):
         return reason
-    width = facts["shape"][-1]
-    if not 1 <= width <= WIDEST:
-        return f"a row of {width} does not fit the registers of a block, at most {WIDEST} do"
-    if 0 in facts["shape"]:
-        return "there is nothing to norm"
     if facts.get("quant") is not None or facts.get("dropout"):
         return "it neither rounds to levels nor drops"
     if interpreted() and facts["dtype"] not in (jnp.float32, jnp.float16):
@@ -69,9 +64,10 @@ def _norm(x, scale, bias, residual, kind, eps, activation, out_dtype):
     out = [jax.ShapeDtypeStruct((rows, width), out_dtype)]
     out += [] if residual is None else [jax.ShapeDtypeStruct((rows, width), dtype)]
     y, *total = triton_call(
-        kernel if residual is None else kernel_with_residual,
-        *(flat(x),) if residual is None else (flat(x), flat(residual)),
-        x if scale is None else scale,  # a pointer that is not read
+        kernel,
+        flat(x),
+        flat(x if residual is None else residual),  # a pointer that is not read
+        x if scale is None else scale,
         x if bias is None else bias,
         out=out,
         name="norm_triton",
@@ -85,7 +81,8 @@ def _norm(x, scale, bias, residual, kind, eps, activation, out_dtype):
             "SCALE": int(scale is not None),
             "BIAS": int(bias is not None),
             "ACTIVATION": ACTIVATIONS[activation],
-        },
+        }
+        | ({"total_ptr": None} if residual is None else {}),
     )
     return NormOutput(y=y.reshape(x.shape), total=total[0].reshape(x.shape) if total else None)
 
@@ -106,19 +103,28 @@ _norm.defvjp(_forward, _backward)
 
 
 @triton.jit
-def finished(
-    x,
-    inside,
-    at,
+def kernel(
+    x_ptr,
+    residual_ptr,
     scale_ptr,
     bias_ptr,
+    y_ptr,
+    total_ptr,
     EPS: tl.constexpr,
     WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr,
     KIND: tl.constexpr,
     SCALE: tl.constexpr,
     BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
+    row = tl.program_id(0).to(tl.int64) * WIDTH
+    at = tl.arange(0, BLOCK)
+    inside = at < WIDTH
+    x = tl.load(x_ptr + row + at, mask=inside, other=0.0).to(tl.float32)
+    if total_ptr is not None:
+        x += tl.load(residual_ptr + row + at, mask=inside, other=0.0).to(tl.float32)
+        tl.store(total_ptr + row + at, x.to(total_ptr.dtype.element_ty), mask=inside)
     if KIND == 2:
         x = tl.where(inside, x - tl.sum(x, 0) / WIDTH, 0.0)
     y = x / tl.sqrt(tl.sum(x * x, 0) / WIDTH + EPS)
@@ -138,52 +144,4 @@ def finished(
         y = y / (1 + tl.exp(-2 * bent))
     if ACTIVATION == 4:
         y = tl.maximum(y, 0.0)
-    return y
-
-
-@triton.jit
-def kernel(
-    x_ptr,
-    scale_ptr,
-    bias_ptr,
-    y_ptr,
-    EPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALE: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * WIDTH
-    at = tl.arange(0, BLOCK)
-    inside = at < WIDTH
-    x = tl.load(x_ptr + row + at, mask=inside, other=0.0).to(tl.float32)
-    y = finished(x, inside, at, scale_ptr, bias_ptr, EPS, WIDTH, KIND, SCALE, BIAS, ACTIVATION)
-    tl.store(y_ptr + row + at, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def kernel_with_residual(
-    x_ptr,
-    residual_ptr,
-    scale_ptr,
-    bias_ptr,
-    y_ptr,
-    total_ptr,
-    EPS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    BLOCK: tl.constexpr,
-    KIND: tl.constexpr,
-    SCALE: tl.constexpr,
-    BIAS: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * WIDTH
-    at = tl.arange(0, BLOCK)
-    inside = at < WIDTH
-    x = tl.load(x_ptr + row + at, mask=inside, other=0.0).to(tl.float32)
-    x += tl.load(residual_ptr + row + at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(total_ptr + row + at, x.to(total_ptr.dtype.element_ty), mask=inside)
-    y = finished(x, inside, at, scale_ptr, bias_ptr, EPS, WIDTH, KIND, SCALE, BIAS, ACTIVATION)
     tl.store(y_ptr + row + at, y.to(y_ptr.dtype.element_ty), mask=inside)

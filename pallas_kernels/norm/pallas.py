@@ -13,8 +13,9 @@ from pallas_kernels.kernel_math import ACTIVATIONS, drop, masked_slice, power_of
 from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.norm import reference
 from pallas_kernels.norm.output import NormOutput
-from pallas_kernels.quantize.pallas import WIDEST, block, scales_refusal, store_levels
+from pallas_kernels.norm.rows import rows_refusal
 from pallas_kernels.quantize.pallas import Tile as Block
+from pallas_kernels.quantize.pallas import block, scales_refusal, store_levels
 from pallas_kernels.tuning import tile_for
 
 
@@ -33,15 +34,10 @@ def heuristic(width: int) -> Tile:
 
 
 def _supports(target, facts) -> bool | str:
-    if reason := gpu_refusal(target):
+    if reason := gpu_refusal(target) or rows_refusal(facts["shape"]):
         return reason
-    width = facts["shape"][-1]
-    if not 1 <= width <= WIDEST:
-        return f"a row of {width} does not fit the registers of a block, at most {WIDEST} do"
-    if 0 in facts["shape"]:
-        return "there is nothing to norm"
     quant = facts.get("quant")
-    return True if quant is None else scales_refusal(target, width, quant.group, quant.format)
+    return True if quant is None else scales_refusal(target, facts["shape"][-1], quant.group, quant.format)
 
 
 supports_rms_norm = supports_layer_norm = supports_fused_norm = _supports
