@@ -1,15 +1,15 @@
-"""`mlp_block` as two kernels: norm, gate, up and activation; then down and residual."""
+"""`mlp_block` as two kernels: norm, gate, up and activation; then down and residual. Many rows of floats: a norm and XLA's products."""
 
 import jax
 
 from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
-from pallas_kernels.quant_matmul.pallas import supports_fused_matmul
+from pallas_kernels.quant_matmul.pallas import weights_refusal
 
 
 def supports_mlp_block(target, facts) -> bool | str:
     weights = facts["weights"]
     for part in (weights.up, (weights.down,)):
-        reason = supports_fused_matmul(target, {"shape": facts["shape"], "weights": part})
+        reason = weights_refusal(target, {"shape": facts["shape"], "weights": part})
         if reason is not True:
             return reason
     return True

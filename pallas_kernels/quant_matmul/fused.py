@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from pallas_kernels.activation.reference import ACTIVATIONS
 from pallas_kernels.cpu import operations as native
 from pallas_kernels.errors import ShapeError
-from pallas_kernels.norm import KINDS, norm
+from pallas_kernels.norm import KINDS, fused_norm, norm
+from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.registry import choose, register, register_file
 from pallas_kernels.shares import share
@@ -140,6 +141,24 @@ def compose(operands: Operands, call: Call, implementation: str | None = None) -
     return y.astype(call.out_dtype)
 
 
+def around_xla(operands: Operands, call: Call) -> jax.Array:
+    """Products of floats by XLA, which puts what follows behind them; the norm gives what is multiplied, in its dtype."""
+    if call.kind is None:
+        return compose(operands, call)
+    n = fused_norm(
+        operands.x, operands.scale, operands.norm_bias, kind=call.kind, eps=call.eps, out_dtype=operands.weights[0].dtype
+    ).y
+    return compose(dataclasses.replace(operands, x=n, scale=None, norm_bias=None), dataclasses.replace(call, kind=None))
+
+
+def _supports_around_xla(target, facts) -> bool | str:
+    if target.platform != "gpu":
+        return f"it is made for gpu, not for {target.platform}"
+    formats = {w.format if isinstance(w, QTensor) else str(w.dtype) for w in facts["weights"]}
+    return True if formats <= {"bfloat16", "float16"} else f"it multiplies 16-bit floats, not {', '.join(sorted(formats))}"
+
+
 register("fused_matmul", "reference", compose)
 register("fused_matmul", "native", native.fused_matmul, supports=native.supports_fused_matmul, priority=native.PRIORITY)
+register("fused_matmul", "xla", around_xla, supports=_supports_around_xla, priority=10)
 register_file("fused_matmul", "pallas", "pallas_kernels.quant_matmul.pallas")

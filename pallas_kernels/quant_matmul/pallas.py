@@ -86,6 +86,13 @@ def supports_grouped_matmul(target, facts) -> bool | str:
 
 
 def supports_fused_matmul(target, facts) -> bool | str:
+    if (refused := weights_refusal(target, facts)) is not True:
+        return refused
+    return _rows_refusal(math.prod(facts["shape"][:-1]), _form(facts["weights"][0])["format"]) or True
+
+
+def weights_refusal(target, facts) -> bool | str:
+    """Why the kernel cannot take the weights of a fused matmul, with however many rows, or True."""
     if reason := gpu_refusal(target):
         return reason
     if 0 in facts["shape"]:
@@ -117,8 +124,6 @@ def fused_matmul(operands: fused.Operands, call: fused.Call):
     x = operands.x
     rows = math.prod(x.shape[:-1])
     first = operands.weights[0]
-    if not isinstance(first, QTensor) and rows > SMALL:
-        return _beside_xla(operands, call)
     quant = first.activation if isinstance(first, QTensor) else None
     norm_inside = call.kind is not None and rows <= SMALL and quant is None
     x_scales = None
@@ -144,22 +149,6 @@ def fused_matmul(operands: fused.Operands, call: fused.Call):
             start = stop
         y = jnp.concatenate(parts, -1)
     return y.reshape(*operands.x.shape[:-1], y.shape[-1])
-
-
-def _beside_xla(operands: fused.Operands, call: fused.Call):
-    """Many rows of floats: the product is XLA's, which puts what follows behind it; the norm gives what is multiplied, in its dtype."""
-    if call.kind is None:
-        return fused.compose(operands, call)
-    n = fused_norm(
-        operands.x,
-        operands.scale,
-        operands.norm_bias,
-        kind=call.kind,
-        eps=call.eps,
-        out_dtype=operands.weights[0].dtype,
-    ).y
-    operands = dataclasses.replace(operands, x=n, scale=None, norm_bias=None)
-    return fused.compose(operands, dataclasses.replace(call, kind=None))
 
 
 def _forward(operands, call):
