@@ -11,7 +11,7 @@ type Precision = lax.Precision | lax.DotAlgorithmPreset | None
 JAX_NAMES = {"float32": "float32", "tf32_x3": "high", "tf32": "tensorfloat32", "bfloat16": "bfloat16"}
 
 # What a setting means on a GPU. jax's own meaning knows two: there its HIGH and its DEFAULT are one TF32 product each.
-_MEANINGS = {
+_MEANINGS: dict[str | None, lax.Precision | lax.DotAlgorithmPreset] = {
     None: lax.Precision.HIGHEST,
     "highest": lax.Precision.HIGHEST,
     "float32": lax.Precision.HIGHEST,
@@ -25,7 +25,10 @@ _MEANINGS = {
 def float32_precision() -> lax.Precision | lax.DotAlgorithmPreset:
     """How a GPU multiplies float32 while this is traced: HIGHEST as float32, else the algorithm that jax's setting means or names."""
     chosen = jax.config.jax_default_matmul_precision
-    return _MEANINGS[chosen] if chosen in _MEANINGS else lax.DotAlgorithmPreset[chosen]
+    if chosen not in _MEANINGS:
+        algorithm: lax.DotAlgorithmPreset = lax.DotAlgorithmPreset[chosen]
+        return algorithm
+    return _MEANINGS[chosen]
 
 
 def in_bfloat16() -> bool:
