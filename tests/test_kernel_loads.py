@@ -12,10 +12,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
 from pallas_kernels.attention import attention
+from pallas_kernels.latent_attention import latent_attention
 from pallas_kernels.launch import launch
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.qtensor import round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.tuning import tiles
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
 
@@ -45,11 +47,45 @@ def test_loads_that_are_counted_by_hand(loads):
     x, rows = jax.ShapeDtypeStruct((8, 64), jnp.float32), np.array([5, 2, 5], np.int32)
     found = loads.reads(run, (x, rows, np.array([3], np.int32)))
     # two rows of which 40 elements are 5 sectors each; rows and count are a sector each, but no more than they have
-    assert found == loads.Reads(unique=2 * 5 * 32 + 12 + 4, issued=3 * 40 * 4 + 3 * 4 + 3 * 4, operands=8 * 64 * 4 + 12 + 4)
+    assert found == loads.Reads(
+        unique=2 * 5 * 32 + 12 + 4, handed_on=0, issued=3 * 40 * 4 + 3 * 4 + 3 * 4, operands=8 * 64 * 4 + 12 + 4
+    )
     found = loads.reads(run, (x, rows, np.array([1], np.int32)))
     assert found.unique == 2 * 2 * 32 + 12 + 4
     with pytest.raises(loads.NotDerivable, match="no kernel"):
         loads.reads(lambda x: x, (x,))
+
+
+def test_what_a_kernel_hands_on_is_told_apart(loads):
+    """Also where something is computed from it in between; an array that XLA makes of arguments alone is none of it."""
+    copy = lambda x: launch(
+        lambda x_ref, y_ref: triton.store(y_ref.at[pl.ds(0, 64)], triton.load(x_ref.at[pl.ds(0, 64)])),
+        x,
+        name="copy",
+        out=jax.ShapeDtypeStruct((64,), x.dtype),
+        grid=(1,),
+        warps=1,
+    )
+    x = jax.ShapeDtypeStruct((64,), jnp.float32)
+    assert loads.reads(lambda x: copy(copy(x) + 1), (x,)).handed_on == 256
+    assert loads.reads(lambda x: copy(x + 1) + copy(x), (x,)).handed_on == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"), [("bfloat16", 16), pytest.param("int8", 16, marks=pytest.mark.slow), ("float32", 32)]
+)
+def test_latent_attention_reads_its_cache_once_and_partial_sums_in_few_bits(loads, dtype, bits):
+    heads, latent, width, tokens = 32, 64, 80, 2048
+    q, cache = jax.ShapeDtypeStruct((1, 1, heads, width), jnp.float32), jax.ShapeDtypeStruct((1, tokens, width), dtype)
+    scales = jax.ShapeDtypeStruct((1, tokens), jnp.float32) if dtype == "int8" else None
+    at = np.full((1, 1), tokens - 1, np.int32)
+    run = lambda q, cache, scales: latent_attention(q, cache, values=latent, positions=at, scale=0.1, scales=scales)
+    splits = 4
+    with tiles({"latent_attention": {"splits": splits}}):
+        found = loads.reads(run, (q, cache, scales))
+    arguments = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves((q, cache, scales)))
+    assert found.handed_on == splits * heads * (latent * bits // 8 + 2 * 4)
+    assert arguments <= found.unique - found.handed_on <= 1.01 * arguments
 
 
 def test_blocks_that_pallas_cuts_do_not_show(loads):

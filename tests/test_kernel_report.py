@@ -68,6 +68,20 @@ def test_what_cannot_be_derived_is_a_problem(report, monkeypatch):
     report.reads_of.cache_clear()
 
 
+def test_more_than_its_arguments_is_a_problem_unless_processors_hand_it_on(report):
+    gpu = GPUS["h100"]
+    found = lambda read, handed_on, per_processor: report.problems(
+        {"kernels": [vars(kernel())], "argument_bytes": 1000, "read_bytes": read, "handed_on_bytes": handed_on},
+        report.Case(op="o", name="n", run=jnp.sin, args=(), moved=1, streams=True, accumulators=per_processor),
+        gpu,
+    )
+    assert found(1050, 0, 0) == found(1050, 50, 0) == found(1000 + 10 * gpu.processors, 10 * gpu.processors, 10) == []
+    assert found(1051, 0, 0) == ["reads 1051 bytes of 1000, 0 of them handed on"]
+    assert found(1100, 0, 10) == ["reads 1100 bytes of 1000, 0 of them handed on"]
+    assert found(1051 + 10 * gpu.processors, 51 + 10 * gpu.processors, 10)
+    assert found(1000 + gpu.l2, gpu.l2, gpu.l2) == [f"hands on {gpu.l2} bytes, and the L2 has {gpu.l2}"]
+
+
 def test_every_case_can_be_traced(report):
     for case in report.cases():
         jax.eval_shape(case.run, *case.args)

@@ -270,7 +270,7 @@ def reduce(*refs, names, shape):
     mask = jnp.broadcast_to((jnp.arange(shape.width) < shape.size)[None], (splits, shape.width))
     sums = triton.load(
         ref["sums"].at[b, head, masked_slice(0, splits), query, masked_slice(0, shape.width)], mask=mask, other=0.0
-    )
+    ).astype(jnp.float32)
     whole = jnp.sum(weights * total, 0)
     if "sinks" in ref:
         whole = whole + jnp.exp2(sink - top)

@@ -1,7 +1,9 @@
 """Latent attention for NVIDIA GPUs through Pallas and Triton, for decoding.
 
 A step of the cache is read once for all heads of a block, and serves as keys and as values. The tokens that a sequence sees are split over
-blocks, and a second launch weighs their partial sums.
+blocks, and a second launch weighs their partial sums. These are what the processors' accumulators hold: `queries` rows of a latent vector
+for each block that runs. Fewer splits, or fewer heads a block, would make them less, and leave processors without work, or have the cache
+asked for by more blocks, which costs more. They are written as bfloat16 where the cache has no more bits, and read again at once.
 """
 
 import dataclasses
@@ -60,6 +62,12 @@ def heuristic(*, sequences: int, queries: int, tokens: int, latent: int, dtype, 
     return Tile(queries=rows, keys=keys, splits=splits, warps=8 if latent > 256 else 4, stages=2)
 
 
+def sums_dtype(cache_dtype) -> jnp.dtype:
+    """Of partial sums: bfloat16 has the range of float32, and 8 bits as the cache's own, which none but the last sum is rounded to."""
+    rounded = cache_dtype == jnp.bfloat16 or jnp.dtype(cache_dtype).itemsize == 1
+    return jnp.dtype(jnp.bfloat16 if rounded else jnp.float32)
+
+
 def supports_latent_attention(target, facts) -> bool | str:
     if reason := gpu_refusal(target):
         return reason
@@ -105,7 +113,7 @@ def _latent(values, scale, q, cache, positions, rows, scales):
     given |= {} if scales is None else {"scales": scales}
     part = (B, 1, tile.splits, T * N)
     out = {name: jax.ShapeDtypeStruct(part, jnp.float32) for name in ("largest", "total")}
-    out["sums"] = jax.ShapeDtypeStruct((*part, values), jnp.float32)
+    out["sums"] = jax.ShapeDtypeStruct((*part, values), sums_dtype(cache.dtype))
     found = launch(
         functools.partial(_kernel, names=(*given, *out), shape=shape, rotated=H - values),
         *given.values(),
@@ -192,6 +200,6 @@ def _kernel(*refs, names, shape, rotated):
     sums, largest, total = lax.fori_loop(0, count, step, state)
     _, inside = heads_at(queries, shape, b)
     place = (b, jnp.int32(0), split, pl.ds(block * rows, rows))
-    triton.store(ref["sums"].at[*place, masked_slice(0, shape.width)], sums, mask=inside)
+    triton.store(ref["sums"].at[*place, masked_slice(0, shape.width)], sums.astype(ref["sums"].dtype), mask=inside)
     triton.store(ref["largest"].at[place], largest, mask=queries.asked)
     triton.store(ref["total"].at[place], total, mask=queries.asked)

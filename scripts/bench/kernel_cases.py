@@ -44,8 +44,8 @@ S = jax.ShapeDtypeStruct
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """run: of args. moved: bytes that are read or written at least once. operations: floating-point ones. matrix: whether the tensor cores
-    do them. donated: arguments that the result takes the place of. streams: it is bound by reading its arguments, once each. since: the
-    oldest compute capability that it has a kernel for."""
+    do them. donated: arguments that the result takes the place of. streams: it is bound by reading its arguments, once each. accumulators:
+    bytes of partial sums that each processor hands on to a second launch. since: the oldest compute capability that it has a kernel for."""
 
     op: str
     name: str
@@ -56,6 +56,7 @@ class Case:
     matrix: bool = False
     donated: tuple[int, ...] = ()
     streams: bool = False
+    accumulators: int = 0
     since: tuple[int, int] = OLDEST
 
 
@@ -175,7 +176,9 @@ def attentions_for_training() -> Iterator[Case]:
 
 
 def latents() -> Iterator[Case]:
-    """As bound by its products as by reading; the partial sums of its splits are as many bytes as one sequence's cache."""
+    """As bound by its products as by reading. That all processors read one sequence's cache has its price: what their accumulators hold is
+    combined by a second launch, bytes in proportion to processors and not to the cache."""
+    block = 32  # heads that a processor's accumulators are of
     for rows, cached in ((1, 8192), (16, 8192)):
         spec = LATENTS["deepseek_v3"]
         width = spec.latent + spec.rotated
@@ -193,6 +196,8 @@ def latents() -> Iterator[Case]:
             moved=size(q, cache) + 4 * rows * spec.heads * spec.latent,
             operations=2.0 * rows * cached * spec.heads * (width + spec.latent),
             matrix=True,
+            streams=True,
+            accumulators=block * (2 * spec.latent + 8),
         )
 
 

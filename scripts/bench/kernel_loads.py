@@ -23,10 +23,12 @@ SECTOR = 32  # bytes that device memory gives at least
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reads:
-    """Of all kernels of a function. unique: bytes of sectors that any program reads, each kernel's once. issued: bytes that all loads ask
-    for, those of other programs again. operands: bytes of the arrays that are read from at all."""
+    """Of all kernels of a function. unique: bytes of sectors that any program reads, each kernel's once. handed_on: those of them in
+    arrays that an earlier kernel made, which was the last to run. issued: bytes that all loads ask for, those of other programs again.
+    operands: bytes of the arrays that are read from at all."""
 
     unique: int
+    handed_on: int
     issued: int
     operands: int
 
@@ -35,14 +37,19 @@ class NotDerivable(Exception):
     """A kernel whose reads do not show in its loads, such as one whose blocks Pallas cuts."""
 
 
+class _Made:
+    """The value of an array that a kernel made, or that was computed from one: unknown."""
+
+
 @dataclasses.dataclass
 class _Ref:
-    """An operand or a result of a kernel. value: of whole numbers that are known."""
+    """An operand or a result of a kernel. value: of whole numbers that are known. made: by an earlier kernel."""
 
     number: int
     shape: tuple[int, ...]
     dtype: np.dtype
     value: Any
+    made: bool
 
 
 def reads(function: Callable[..., Any], operands: Sequence[Any], *, device_kind: str = GPUS["h100"].device_kind) -> Reads:
@@ -60,16 +67,18 @@ def reads(function: Callable[..., Any], operands: Sequence[Any], *, device_kind:
 
 
 def _outside(jaxpr, values: Sequence[Any], found: list[Reads]) -> list[Any]:
-    """Run what is known of a program around its kernels; None is unknown."""
+    """Run what is known of a program around its kernels; None and _Made are unknown."""
     env = dict(zip([*jaxpr.constvars, *jaxpr.invars], values, strict=True))
     value = lambda v: v.val if hasattr(v, "val") else env[v]  # of a literal
     for eqn in jaxpr.eqns:
         given = [value(v) for v in eqn.invars]
         if eqn.primitive.name == "pallas_call":
             found.append(_kernel(eqn, given))
-            results: Sequence[Any] = [None] * len(eqn.outvars)
+            results: Sequence[Any] = [_Made()] * len(eqn.outvars)
         elif (inner := _inner(eqn)) is not None:
             results = _outside(inner.jaxpr, [*inner.consts, *given], found)
+        elif any(isinstance(g, _Made) for g in given):
+            results = [_Made()] * len(eqn.outvars)
         elif any(g is None for g in given) or eqn.primitive.name in ("while", "scan", "cond"):
             results = [None] * len(eqn.outvars)
         else:
@@ -94,8 +103,8 @@ def _kernel(eqn, given: Sequence[Any]) -> Reads:
     for number, var in enumerate(jaxpr.invars):
         aval = var.aval
         value = given[number] if number < len(given) else None
-        dtype = np.dtype(aval.dtype)
-        refs.append(_Ref(number, tuple(aval.shape), dtype, value if dtype.kind in "iub" else None))
+        dtype, made = np.dtype(aval.dtype), isinstance(value, _Made)
+        refs.append(_Ref(number, tuple(aval.shape), dtype, None if made or dtype.kind not in "iub" else value, made))
     for block, whole in zip(mapping.block_mappings, refs, strict=True):
         if tuple(getattr(b, "block_size", b) for b in block.block_shape) != tuple(block.array_aval.shape):
             raise NotDerivable(f"{eqn.params['name']}: Pallas cuts {list(whole.shape)} into blocks")
@@ -120,8 +129,10 @@ def _kernel(eqn, given: Sequence[Any]) -> Reads:
 
     marks, counts = run()
     read = [int(np.sum(np.asarray(m, np.int64))) * SECTOR for m in marks]
+    read = [min(n, math.prod(r.shape) * r.dtype.itemsize) for n, r in zip(read, refs, strict=True)]
     return Reads(
-        unique=sum(min(n, math.prod(r.shape) * r.dtype.itemsize) for n, r in zip(read, refs, strict=True)),
+        unique=sum(read),
+        handed_on=sum(n for n, r in zip(read, refs, strict=True) if r.made),
         issued=int(sum(int(c) * r.dtype.itemsize for c, r in zip(counts, refs, strict=True))),
         operands=sum(math.prod(r.shape) * r.dtype.itemsize for n, r in zip(read, refs, strict=True) if n),
     )

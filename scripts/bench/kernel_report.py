@@ -8,8 +8,9 @@ Needs jax-cuda13-plugin, jax-cuda13-pjrt and CUDA's ptxas. Per case: the launche
 thread, the bytes spilled and of shared memory, the least part of a processor's warps that fit at once, the widest global load of a thread,
 the tensor-core instruction; and the floor: the time that its bytes or operations take at the data sheet's peak. For what is bound by
 reading its arguments: the bytes that the kernels read from device memory, in sectors of 32, and what their loads ask for, of which caches
-give the rest. --output writes kernels.txt and kernels.json, where rows of other GPUs and cases stay. Nothing is run: speed, races and
-numbers do not show. --measure times it, and gives bytes and operations per second as percent of that peak, beside the time that XLA, other
+give the rest; apart, the bytes that an earlier launch of the same program wrote, which are still in the L2. --output writes kernels.txt
+and kernels.json, where rows of other GPUs and cases stay. Nothing is run: speed, races and numbers do
+not show. --measure times it, and gives bytes and operations per second as percent of that peak, beside the time that XLA, other
 implementations and torch take. --dry-run goes the same way with what is small, interpreted, on any device; its times say nothing.
 """
 
@@ -41,8 +42,8 @@ from pallas_kernels.target import interpreting
 WARPS = 64  # that a processor holds
 REGISTERS = 65536  # of a processor
 SMALLEST = 600_000  # bytes of arguments that a dry run stops at
-LARGEST = 150_000_000  # bytes of arguments whose reads are followed
 MOST_READ = 1.05  # of the arguments
+MOST_OF_L2 = 0.5  # that what is handed on may take, to be there still when it is read
 
 
 def floor(case: Case, gpu: Gpu) -> float:
@@ -60,9 +61,9 @@ def occupancy(kernel: Kernel, gpu: Gpu) -> float:
 
 @functools.cache
 def reads_of(op: str, name: str, device_kind: str) -> Reads | str | None:
-    """What the kernels of a case that streams read, by their loads, or why that cannot be derived; None for what is too large to follow."""
+    """What the kernels of a case that streams read, by their loads, or why that cannot be derived; None for other cases."""
     case = next(case for case in cases() if (case.op, case.name) == (op, name))
-    if not case.streams or size(case.args) > LARGEST:
+    if not case.streams:
         return None
     try:
         return reads(case.run, case.args, device_kind=device_kind)
@@ -82,6 +83,7 @@ def compiled(case: Case, name: str) -> dict:
     read = reads_of(case.op, case.name, gpu.device_kind)
     if isinstance(read, Reads):
         row |= {"argument_bytes": size(case.args), "read_bytes": read.unique, "issued_bytes": read.issued}
+        row["handed_on_bytes"] = read.handed_on
     row["problems"] = problems(row, case, gpu)
     if isinstance(read, str):
         row["problems"].append(f"what it reads cannot be derived: {read}")
@@ -96,8 +98,14 @@ def problems(row: dict, case: Case, gpu: Gpu) -> list[str]:
     found += [f"{k['shared']} bytes of shared memory" for k in kernels if k["shared"] > gpu.shared]
     if case.matrix and kernels and not any(k["tensor_cores"] for k in kernels):
         found.append("no tensor-core instruction")
-    if row.get("read_bytes", 0) > MOST_READ * row.get("argument_bytes", 0):
-        found.append(f"reads {row['read_bytes']} bytes of {row['argument_bytes']}")
+    if "read_bytes" in row:
+        most = MOST_READ * row["argument_bytes"]
+        if row["read_bytes"] - row["handed_on_bytes"] > most or row["read_bytes"] > most + case.accumulators * gpu.processors:
+            found.append(
+                f"reads {row['read_bytes']} bytes of {row['argument_bytes']}, {row['handed_on_bytes']} of them handed on"
+            )
+        if row["handed_on_bytes"] > MOST_OF_L2 * gpu.l2:
+            found.append(f"hands on {row['handed_on_bytes']} bytes, and the L2 has {gpu.l2}")
     return found
 
 
@@ -196,10 +204,12 @@ def in_words(row: dict) -> str:
     tensor = next((k["tensor_cores"] for k in kernels if k["tensor_cores"]), "-").replace(".sync.aligned", "")
     more = ""
     if "read_bytes" in row:
-        more = (
-            f" reads {row['read_bytes'] / 1e6:.2f} MB, {100 * row['read_bytes'] / row['argument_bytes']:.1f} % of its arguments; "
-            f"loads ask for {row['issued_bytes'] / 1e6:.2f} MB"
-        )
+        own = row["read_bytes"] - row["handed_on_bytes"]
+        more = f" reads {own / 1e6:.2f} MB, {100 * own / row['argument_bytes']:.1f} % of its arguments; "
+        if row["handed_on_bytes"]:
+            part = 100 * row["handed_on_bytes"] / KNOWN[row["gpu"]].l2
+            more += f"{row['handed_on_bytes'] / 1e6:.2f} MB of partial sums from the L2, {part:.1f} % of it; "
+        more += f"loads ask for {row['issued_bytes'] / 1e6:.2f} MB"
     more += "".join(f" PROBLEM: {problem}" for problem in row["problems"])
     return (
         f"{row['gpu']:5} {row['op']:14} {row['case']:58} {len(row['launches']):2} launches {most('registers'):3} registers "

@@ -47,7 +47,8 @@ def case(rng, spec, B, T, tokens, starts, dtype):
     return jnp.asarray(q, jnp.float32), stored, None if scales is None else jnp.asarray(scales), jnp.asarray(positions), wanted
 
 
-TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3, "int8": 1e-4, "float8_e4m3fn": 1e-4}
+EXACT = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 2e-3, "int8": 1e-4, "float8_e4m3fn": 1e-4}
+SPLIT = EXACT | {"int8": 3e-3, "float8_e4m3fn": 3e-3}  # partial sums of 8 bits, each of which is off by 2e-3 at most
 
 
 @pytest.mark.parametrize(
@@ -65,10 +66,10 @@ def test_against_float64(rng, T, tokens, starts, dtype, tile):
     run = functools.partial(latent_attention, values=spec.latent, scale=SCALE)
     with kernels(), tiles({"latent_attention": tile}):
         found = jax.jit(functools.partial(run, implementation="pallas"))(q, cache, positions=positions, scales=scales)
-    close(found, wanted, TOLERANCE[dtype])
+    close(found, wanted, SPLIT[dtype])
     clean = jnp.where(jnp.isnan(cache), 0, cache).astype(cache.dtype) if dtype != "int8" else cache
     found = run(q, clean, positions=positions, scales=scales, implementation="reference")
-    close(found, wanted, TOLERANCE[dtype])
+    close(found, wanted, EXACT[dtype])
 
 
 @pytest.mark.parametrize("implementation", ["reference", "pallas"])
