@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import jax
 import numpy as np
 import pytest
-from tiny_llama import GREEDY, NEW, PROMPTS, padded
+from kernel_checks import kernels
+from tiny_llama import GREEDY, NEW, PROMPTS, padded, tokens_of
 
 import jaxinfer
 from jaxinfer import SamplingParams
 from jaxinfer.sampling import SamplingArrays
+from pallas_kernels.registry import observing
 
 
 def arrays(params: list[SamplingParams]) -> SamplingArrays:
@@ -122,3 +126,40 @@ def test_slots_by_hand_in_a_pipeline(make_engine, greedy) -> None:
 @pytest.mark.parametrize(("tp", "pp"), [(1, 3), (2, 2), (3, 1)])
 def test_slots_by_hand_on_meshes(make_engine, greedy, tp: int, pp: int) -> None:
     by_hand(make_engine(tp=tp, pp=pp), greedy, [3 * pp - 1, 0, 1], 3)
+
+
+class Chosen:
+    """The implementations that are traced."""
+
+    def __init__(self):
+        self.names: set[tuple[str, str]] = set()
+
+    @contextlib.contextmanager
+    def call(self, implementation, args, kwargs):
+        self.names.add((implementation.op, implementation.name))
+        yield
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "keys", "pp"),
+    [
+        pytest.param({}, {}, 1, id="grouped heads"),
+        pytest.param({"num_key_value_heads": 9}, {}, 2, id="a kv head for each head, two stages"),
+        pytest.param({"num_key_value_heads": 1}, {"kv_cache": {"dtype": "int8"}}, 1, id="one kv head, int8 cache"),
+        pytest.param(
+            {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 5},
+            {"prefill_chunk": 8},
+            1,
+            id="windows, prompts in chunks",
+        ),
+    ],
+)
+def test_slots_by_hand_with_kernels_of_gpus(make_engine, tiny_model, changes, keys, pp: int) -> None:
+    """They are interpreted; what each sequence says is what it says through XLA."""
+    model = tiny_model(**changes)
+    said = tokens_of([make_engine(model=model, kernels="xla", **keys).generate(prompt, GREEDY) for prompt in PROMPTS])
+    chosen = Chosen()
+    with kernels(), observing(chosen):
+        by_hand(make_engine(model=model, pp=pp, **keys), said, [0, 2, 3], 2 if pp > 1 else 4)
+    assert {("attention_block", "pallas"), ("attention", "pallas"), ("argmax", "pallas")} <= chosen.names
