@@ -221,8 +221,9 @@ def test_what_it_does_not_take_is_said(rng):
         fused_matmul(jnp.ones((17, 64)), floats, implementation="xla")
     with pytest.raises(BackendError, match="16-bit floats, not int8"), kernels():
         fused_matmul(jnp.ones((17, 64)), (weight(rng, 8, 64, "int8"),), implementation="xla")
+    fused = {"weights": floats, "activation": None, "gated": False, "over_shards": False}
     for rows, name in ((16, "pallas"), (17, "xla")):
-        assert choose("fused_matmul", target=gpu, shape=(rows, 64), weights=floats).name == name
+        assert choose("fused_matmul", target=gpu, shape=(rows, 64), **fused).name == name
     w, x = weight(rng, 8, 64, "int4-32"), jnp.ones((1, 64))
     with kernels():
         np.testing.assert_allclose(quant_matmul(x, repack(w, "gpu")), x @ dequantize(w).T, rtol=1e-5)
