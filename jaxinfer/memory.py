@@ -22,7 +22,7 @@ from jaxinfer.errors import ConfigError, MemoryPlanError, OutOfMemoryError
 from jaxinfer.generation import empty_state
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import parameters
-from jaxinfer.placement import InMemory, Plan, Readable, _Placer, plans
+from jaxinfer.placement import InMemory, Placer, Plan, Readable, plans
 from pallas_kernels import gpus
 from pallas_kernels.layer_cache import cache_dtype, token_bytes
 from pallas_kernels.qtensor import CPU_BLOCK, QTensor
@@ -95,7 +95,7 @@ def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, kernel
     """Bytes of weights on each device, placed for the same `kernels`: all devices hold shards of one size. Reads nothing. Raises
     MeshError as `place` does."""
     outlines = {path: _Outlined(tuple(tensor.shape), _outline(tensor)) for path, tensor in tensors.items()}
-    placer = _Placer(outlines, mesh, plan, None, kernels)
+    placer = Placer(outlines, mesh, plan, None, kernels)
     total, placed = 0, {str(plan.sample(slot)) for slot in range(plan.slots)}  # one layer a slot: all stages have its shapes
     for path, info in parameters(plan.config).items():
         _, layer, *_ = (*path.split("."), "")
@@ -132,7 +132,8 @@ class Work:
     """What one device's programs compute with; sizes are of its shard. The estimates are held against compiled programs by tests.
 
     mlp: columns of what the MLP or the experts hold of a token. shard_vocab: of its logits. cached: dtype of the cache. packed: weights are
-    quantised. dequantised: bytes of the largest weight that is made float32 in one piece.
+    quantised. dequantised: bytes of the largest weight that is made float32 in one piece. chunk: tokens of a prompt that are read at once;
+    None: all.
     """
 
     stages: int
@@ -147,27 +148,35 @@ class Work:
     cached: str
     packed: bool
     dequantised: int
+    chunk: int | None = None
 
     def _logits(self, rows: int) -> int:
         return rows * FLOAT * (2 * self.shard_vocab + 3 * self.vocab)  # sampling looks at the whole vocabulary
 
-    def _forward(self, rows: int, tokens: int) -> int:
-        """Whole rows through the layers."""
+    def _forward(self, rows: int, tokens: int, cached: str) -> int:
+        """Rows through the layers, whole or a chunk at a time. cached: dtype of the caches over which chunks look."""
         at_once = rows // self.stages if rows % self.stages == 0 else rows  # of a pipeline's micro-batch
-        scores = 2 * at_once * self.heads * tokens**2 * FLOAT
-        qkv = at_once * tokens * (self.heads + 2 * self.kv_heads) * self.head_dim * FLOAT
-        mlp = at_once * tokens * self.mlp * FLOAT * (3 if self.packed else 1)
+        read, seen, carried = tokens, tokens, 0
+        if self.chunk is not None and self.chunk < tokens:  # over the room of all chunks and one more, for stages without work
+            read, tokens = self.chunk, -(-tokens // self.chunk) * self.chunk
+            seen = tokens + read
+            carried = (rows + at_once) * seen * self.slots * self.kv_heads * token_bytes(cached, self.head_dim)
+            # and a layer's keys and values, as they are multiplied
+            carried += 2 * at_once * self.kv_heads * seen * self.head_dim * FLOAT
+        scores = 2 * at_once * self.heads * read * seen * FLOAT
+        qkv = at_once * read * (self.heads + 2 * self.kv_heads) * self.head_dim * FLOAT
+        mlp = at_once * read * self.mlp * FLOAT * (3 if self.packed else 1)
         hidden = rows * tokens * self.embed * FLOAT * (3 if self.stages == 1 else 5)
-        return hidden + qkv + max(scores, mlp) + self.dequantised
+        return hidden + qkv + max(scores, mlp) + carried + self.dequantised
 
     def prefill(self, rows: int, tokens: int, sequences: int = 0) -> int:
         """Bytes to read `rows` prompts of `tokens` tokens, their fresh caches included. sequences: that continue them, if they are more."""
         fresh = rows * tokens * self.slots * self.kv_heads * token_bytes(self.cached, self.head_dim)
-        return self._forward(rows, tokens) + fresh + self._logits(max(rows, sequences))
+        return self._forward(rows, tokens, self.cached) + fresh + self._logits(max(rows, sequences))
 
     def score(self, rows: int, tokens: int) -> int:
         """Bytes to score `rows` texts of `tokens` tokens."""
-        return self._forward(rows, tokens) + max(SCORED_AT_ONCE, rows) * self.shard_vocab * FLOAT * 2
+        return self._forward(rows, tokens, "float32") + max(SCORED_AT_ONCE, rows) * self.shard_vocab * FLOAT * 2
 
     def decode(self, rows: int, tokens: int, reported: int) -> int:
         """Bytes for a token of `rows` sequences per micro-batch with caches of `tokens`. reported: alternatives told of each token."""
@@ -180,7 +189,7 @@ class Work:
         return scores + own + wide + told + self._logits(rows) + self.dequantised
 
 
-def _work(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, cached: str) -> Work:
+def _work(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, cached: str, chunk: int | None) -> Work:
     c, heads = plan.config, plan.heads
     tensor, stages = len(heads.query), plan.context.stages
     width = -(-c.mlp.width // tensor)
@@ -211,6 +220,7 @@ def _work(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, cached: str) 
         cached=cached,
         packed=packed,
         dequantised=0 if on_cpu else FLOAT * max(whole, default=0),
+        chunk=chunk,
     )
 
 
@@ -277,10 +287,14 @@ class MemoryPlan:
     def advice(self) -> str:
         """What to change for less, beginning with what takes most."""
         batch, tokens = f"micro_batch_size ({self.micro_batch_size})", f"inference_max_tokens ({self.inference_max_tokens})"
+        chunk = self.work.chunk if self.work else None
+        reading = f"lower {tokens}, whose square the scores of a prompt take, or {batch}, or set prefill_chunk"
+        if chunk is not None:
+            reading = f"lower prefill_chunk ({chunk}), {tokens} or {batch}"
         ways = {
             self.cache: f"lower {batch} or {tokens}, choose a smaller kv_cache.dtype",
             self.weights: "choose fewer bits for the weights (quantization)",
-            self.temporary: f"lower {tokens}, whose square the scores of a prompt take, or {batch}",
+            self.temporary: reading,
         }
         return "; ".join(text for _, text in sorted(ways.items(), reverse=True)) + "; or use more devices"
 
@@ -319,7 +333,8 @@ def plan_memory(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, config:
     fit, and MeshError for a mesh that the weights cannot be cut for.
     """
     dtype, tokens, stages = cache_dtype(config.cache_dtype), config.inference_max_tokens, plan.context.stages
-    weights, work = weight_bytes(tensors, mesh, plan, config.kernels), _work(tensors, mesh, plan, config.cache_dtype)
+    weights = weight_bytes(tensors, mesh, plan, config.kernels)
+    work = _work(tensors, mesh, plan, config.cache_dtype, config.prefill_chunk)
     free = free_bytes(mesh)
     if spans_processes(mesh):  # what is chosen from it must be the same everywhere
         free = channel("free memory").exchange(free, min)

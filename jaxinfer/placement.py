@@ -293,7 +293,7 @@ def place(
         tensors = source
     if config is None:
         raise TypeError("place() needs the config of a mapping of tensors")
-    return _Placer(tensors, mesh, plan or make_plan(config, mesh), progress, kernels).run()
+    return Placer(tensors, mesh, plan or make_plan(config, mesh), progress, kernels).run()
 
 
 def placed_shapes(
@@ -312,7 +312,9 @@ def kernels_of(weights: DecoderWeights) -> str:
 BLOCKS = "cpu32"  # the layout that native kernels read
 
 
-class _Placer:
+class Placer:
+    """`place` at work, a layer slot at a time. units: for every logical axis that is split, what each of its shards holds."""
+
     def __init__(self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress, kernels: str = "auto"):
         self.source, self.mesh, self.plan, self.progress = source, mesh, plan, progress
         self.native = kernels != "xla" and library.refusal(mesh.devices.flat[0].platform) is None
@@ -346,14 +348,14 @@ class _Placer:
         return split_even(width, self.tensor, unit)
 
     def run(self) -> Placed:
-        slots = [self._slot(i) for i in range(self.plan.slots)]
+        slots = [self.slot(i) for i in range(self.plan.slots)]
         ends: dict[str, Any] = {
             name: self._arrays(functools.partial(_same, (name,)), staged=False) if name in self.info else None for name in ENDS
         }
         weights = DecoderWeights(layers=tuple(slots), embed_scale=self.plan.config.embed_scale, **ends)
         return Placed(mesh=self.mesh, plan=self.plan, weights=weights, specs=jax.tree.map(lambda a: a.sharding.spec, weights))
 
-    def _slot(self, slot: int) -> LayerWeights:
+    def slot(self, slot: int) -> LayerWeights:
         """The weights of one slot: for each field of the two half-layer operations, one array or a run of joined ones; and what the
         layer has beside them."""
         halves: dict[str, Any] = {}
@@ -490,7 +492,7 @@ class _Placer:
         return operands.refusal(form, over_shards=shards(axes[-1]) > 1) is None and qtensor.blocks_refusal(form, inputs) is None
 
 
-class _Shapes(_Placer):
+class _Shapes(Placer):
     """Places nothing and reads nothing: every array is a ShapeDtypeStruct with its sharding."""
 
     def _shard(self, names: Sequence[str], key: tuple[int, int, int], empty: bool):

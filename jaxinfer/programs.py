@@ -99,26 +99,25 @@ class Program:
             self._jitted = jax.jit(sharded, donate_argnums=recipe.donate, compiler_options=options)
 
     def __call__(self, *arguments):
-        if self._with_others:
-            self._begin(arguments)
-        if self.ready or self.coming:
+        if self._with_others or self.ready or self.coming or self._jitted is not self._nested:
             signature = self.signature(arguments)
-            found = None if signature is None else self._find(signature)
+            if signature is None:
+                return self._nested(*arguments)
+            if self._with_others:
+                self._begin(signature, arguments)
+            found = self._find(signature)
             if found is not None:
                 return found.result()(*arguments)
-        if self._jitted is not self._nested and self.signature(arguments) is None:
-            return self._nested(*arguments)
         known = self._jitted._cache_size()
         result = self._jitted(*arguments)
         if self._jitted._cache_size() != known:
             self.met.add(self.signature(arguments))
         return result
 
-    def _begin(self, arguments: tuple) -> None:
+    def _begin(self, signature: Signature, arguments: tuple) -> None:
         """Before the first run for some shapes: compile it, and wait for the processes that have not yet. Once one runs, Gloo waits half a
         minute for the others, and compiling takes longer where a cache is cold or a machine is busy."""
-        signature = self.signature(arguments)
-        if signature is None or signature in self._begun:
+        if signature in self._begun:
             return
         found = self._find(signature)
         if found is None:

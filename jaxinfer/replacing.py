@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from jaxinfer.errors import TensorShapeError
 from jaxinfer.models.decoder import DecoderWeights, LayerWeights
-from jaxinfer.placement import Plan, Readable, _Placer, kernels_of, placed_shapes
+from jaxinfer.placement import Placer, Plan, Readable, kernels_of, placed_shapes
 
 
 def check_alike(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, old: DecoderWeights) -> None:
@@ -25,12 +25,12 @@ def replaced(
     return _Replacer(tensors, mesh, plan, kernels, layers).run().weights
 
 
-class _Replacer(_Placer):
+class _Replacer(Placer):
     def __init__(self, source, mesh, plan, kernels: str, old: list[LayerWeights | None]):
         super().__init__(source, mesh, plan, None, kernels)
         self.old = old
 
-    def _slot(self, slot: int) -> LayerWeights:
-        new = jax.block_until_ready(super()._slot(slot))
+    def slot(self, slot: int) -> LayerWeights:
+        new = jax.block_until_ready(super().slot(slot))
         self.old[slot] = None
         return new

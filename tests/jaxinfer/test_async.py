@@ -26,7 +26,7 @@ from jaxinfer.errors import (
     PromptError,
     TensorShapeError,
 )
-from jaxinfer.placement import _Placer, module_tensors
+from jaxinfer.placement import Placer, module_tensors
 from jaxinfer.programs import Program
 
 
@@ -173,11 +173,11 @@ def test_other_weights_where_memory_is_short(tiny, tiny_decoder, greedy, monkeyp
     old = [weakref.ref(layer.mlp.down) for layer in engine.params.layers]
     alive: list[int] = []
 
-    def slot(self, number: int, run=_Placer._slot):
+    def slot(self, number: int, run=Placer.slot):
         alive.append(sum(ref() is not None for ref in old))
         return run(self, number)
 
-    monkeypatch.setattr(_Placer, "_slot", slot)
+    monkeypatch.setattr(Placer, "slot", slot)
     _, state = nnx.split(tiny_decoder, nnx.Param)
     turned = jax.tree.map(lambda a: a[::-1] if a.shape[0] == 97 else a, state)
     engine.update_params(turned)
@@ -190,7 +190,7 @@ def test_other_weights_where_memory_is_short(tiny, tiny_decoder, greedy, monkeyp
     def full(*_):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 5 bytes.")
 
-    monkeypatch.setattr(_Placer, "_put", full)
+    monkeypatch.setattr(Placer, "_put", full)
     with pytest.raises(OutOfMemoryError, match="allocating 5 bytes"):
         engine.update_params(turned)
     with pytest.raises(EngineStateError, match="closed"):

@@ -177,14 +177,31 @@ def test_scoring_is_near_what_is_allocated(tiny_decoder) -> None:
     assert 0.9 < work.score(4, 256) / held < 2
 
 
-def _programs(model: jaxinfer.Decoder, sizes: dict[str, int], cached: str) -> tuple[Programs, memory.Work]:
+@pytest.mark.slow
+@pytest.mark.parametrize(("sizes", "cached"), [({}, "float32"), ({"stage": 2}, "float32"), ({}, "int8")], ids=str)
+def test_chunks_of_prompts_are_near_what_is_allocated(tiny_decoder, sizes: dict[str, int], cached: str) -> None:
+    programs, work = _programs(tiny_decoder, sizes, cached, chunk=32)
+    ids, lengths = jax.ShapeDtypeStruct((4, 500), jnp.int32), jax.ShapeDtypeStruct((4,), jnp.int32)
+    sampling = jax.eval_shape(lambda: SamplingArrays.zeros((4,)))
+    lowered = {
+        work.prefill(4, 500): programs.prefill(0).lower(programs.shapes, ids, lengths, sampling),
+        work.score(4, 500): programs.score().lower(programs.shapes, ids, lengths),
+    }
+    for estimate, program in lowered.items():
+        assert 0.9 < estimate / compiled_bytes(program.compile()) < 2
+    assert work.prefill(4, 500) < 0.5 * dataclasses.replace(work, chunk=None).prefill(4, 500)
+
+
+def _programs(
+    model: jaxinfer.Decoder, sizes: dict[str, int], cached: str, chunk: int | None = None
+) -> tuple[Programs, memory.Work]:
     """Of the model with a layer a stage."""
     on = make_mesh(**sizes)
     model = jaxinfer.Decoder(dataclasses.replace(model.config, layers=on.shape["stage"]))
     placed = place(model, on)
     # native kernels keep their temporary arrays to themselves
-    programs = Programs(placed, cache_dtype=jnp.dtype(cached), kernels="xla")
-    return programs, memory._work(module_tensors(model), on, placed.plan, cached)
+    programs = Programs(placed, cache_dtype=jnp.dtype(cached), kernels="xla", prefill_chunk=chunk)
+    return programs, memory._work(module_tensors(model), on, placed.plan, cached, chunk)
 
 
 def test_prompts_that_are_read_together(tiny_decoder, monkeypatch) -> None:
@@ -198,6 +215,16 @@ def test_prompts_that_are_read_together(tiny_decoder, monkeypatch) -> None:
     for tokens, count in zip((64, 128, 256), rows[1:], strict=True):
         assert plan.weights + plan.cache + plan.work.prefill(count, tokens) <= plan.allowed
     assert dataclasses.replace(plan, free=plan.weights).prefill_rows(256) == 1
+
+
+def test_prompts_in_chunks_take_less(tiny_decoder) -> None:
+    on = make_mesh()
+    tensors, plan = module_tensors(tiny_decoder), make_plan(tiny_decoder.config, on)
+    whole, chunked = (
+        plan_memory(tensors, on, plan, EngineConfig(micro_batch_size=1, inference_max_tokens=2048, prefill_chunk=chunk))
+        for chunk in (None, 64)
+    )
+    assert chunked.temporary < whole.temporary / 4 and "lower prefill_chunk (64)" in chunked.advice()
 
 
 # --- what is printed
