@@ -259,10 +259,10 @@ def fused_matmul(given, call):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _matmul(kind, eps, max_over_shards, x, w, bias, scale, norm_bias, residual):
     """x [..., I] -> float32 [..., O]. kind: of the norm that x goes through first, or None."""
-    flat = lambda a: None if a is None else a.reshape(-1, a.shape[-1])
-    y = _call("jaxinfer_quant_matmul", _float(x.size // x.shape[-1], w.shape[0]))(
-        flat(x).astype(jnp.float32),
-        *(operands.given(a) for a in (flat(residual), scale, norm_bias)),
+    rows = x.reshape(-1, x.shape[-1])
+    y = _call("jaxinfer_quant_matmul", _float(rows.shape[0], w.shape[0]))(
+        rows.astype(jnp.float32),
+        *(operands.given(a) for a in (None if residual is None else residual.reshape(-1, w.shape[0]), scale, norm_bias)),
         *operands.weight(w, bias),
         integers=operands.integers(*library.call_integers(), NORMS[kind], *operands.facts(w)),
         numbers=operands.numbers(eps),

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 from native_calls import as_bfloat16, close, in_each_way, in_tiles, jittable, same_levels
 
 from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
-from pallas_kernels.cpu import library, operands, operations
+from pallas_kernels.cpu import library
 from pallas_kernels.errors import BackendError
 from pallas_kernels.layer_cache import LayerCache, cache_dtype
 from pallas_kernels.mlp_block import ACTIVATIONS, MLPSpec, MLPWeights, mlp_block
@@ -21,7 +21,6 @@ from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize, repack,
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
 from pallas_kernels.registry import choose
-from pallas_kernels.sampling import VocabShards, argmax, sample
 from pallas_kernels.target import Target
 
 
@@ -395,68 +394,6 @@ def test_many_rows(rng, native):
 # --- argmax
 
 
-def test_argmax(rng, native):
-    logits = rng.standard_normal((5, 1003)).astype(np.float32)
-    logits[1, [17, 900]] = 9
-    logits[2, 1002] = 9
-    logits[3] = -np.inf
-    for got in in_each_way(native, lambda x: argmax(x, implementation="native"), logits).values():
-        np.testing.assert_array_equal(got, logits.argmax(-1))
-
-
-def test_argmax_over_shards(rng):
-    logits = np.round(rng.standard_normal((4, 64)), 1).astype(np.float32)  # with ties
-    mesh = Mesh(np.asarray(jax.devices()[:2]), ("v",))
-    over = lambda f: lambda x: f(x, "v")
-
-    def local(x):
-        shards = VocabShards(
-            offset=jax.lax.axis_index("v") * 32,
-            max=over(jax.lax.pmax),
-            sum=over(jax.lax.psum),
-            min=over(jax.lax.pmin),
-            gather=lambda x: x,
-        )
-        return argmax(x, shards, implementation="native")
-
-    run = jax.shard_map(local, mesh=mesh, in_specs=PartitionSpec(None, "v"), out_specs=PartitionSpec(), check_vma=False)
-    np.testing.assert_array_equal(jax.jit(run)(logits), logits.argmax(-1))
-
-
-# --- sample
-
-
-@pytest.mark.parametrize("kind", ["smooth", "ties", "forbidden"])
-def test_sample(rng, native, kind):
-    """The same draws as the reference's, every row with its own knobs."""
-    for vocab in (1, 17, 64, 5003):
-        logits = rng.standard_normal((8, vocab)).astype(np.float32) * 3
-        if kind == "ties":
-            logits = np.round(logits)
-        if kind == "forbidden":
-            logits[rng.random(logits.shape) < 0.5] = -np.inf
-        knobs = {
-            "temperature": np.asarray([0, 0.5, 1, 1.7, 1, 1, 0.8, 2], np.float32),
-            "top_k": np.asarray([3, 0, 1, 3, 10**6, 50, 0, 7], np.int32),
-            "top_p": np.asarray([1, 0.95, 1, 0.5, 0, 0.01, 1, 0.9], np.float32),
-            "min_p": np.asarray([0, 0, 0.5, 0.05, 0, 0, 1, 0.02], np.float32),
-            "seeds": rng.integers(0, 2**32, 8, dtype=np.uint32),
-            "steps": rng.integers(0, 1000, 8, dtype=np.int32),
-        }
-        want = np.asarray(sample(jnp.asarray(logits), **knobs, implementation="reference"))
-        for name, got in in_each_way(native, lambda x, k: sample(x, **k, implementation="native"), logits, knobs).items():
-            np.testing.assert_array_equal(got, want, err_msg=f"{name}, {vocab} tokens")
-
-
-def test_a_split_vocabulary_is_drawn_from_by_xla(rng):
-    facts = {"shape": (1, 4), "dtype": jnp.float32}
-    assert choose("sample", None, **facts, split=False).name == "native"
-    assert choose("sample", None, **facts, split=True).name == "reference"
-
-
-# --- as part of JAX programs
-
-
 def test_a_donated_cache_is_updated_in_place(rng):
     spec, x, weights, cache, operands = attention_case(rng, "llama", "batch", "int8")
     run = jax.jit(run_attention(spec, "native"), donate_argnums=2)
@@ -586,55 +523,3 @@ def test_what_native_refuses_takes_another_path(rng):
     w = round_to_nearest(rng.standard_normal((3, 80)).astype(np.float32), format="int4", group=16)
     x = rng.standard_normal((2, 80)).astype(np.float32)
     close(quant_matmul(x, jax.tree.map(jnp.asarray, w)), reference_matmul(x, w, 0.0), 1e-5)
-
-
-def test_the_handler_checks_its_arguments():
-    empty = operands.given(None)
-    call = jax.ffi.ffi_call("jaxinfer_quant_matmul", jax.ShapeDtypeStruct((1, 3), jnp.float32))
-    kind, numbers = operations.NORMS[None], operands.numbers(0)
-    call = functools.partial(call, numbers=numbers)
-    integers = operands.integers(0, 1, kind, 0, -1, 3)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"x must be float32 \[rows, inputs\]"):
-        call(jnp.zeros((1, 5)), empty, empty, empty, jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="bias has the wrong dtype or shape"):
-        call(jnp.zeros((1, 4)), empty, empty, empty, jnp.zeros((3, 4)), empty, empty, jnp.zeros(4), integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="norm has the wrong dtype or shape"):
-        call(jnp.zeros((1, 4)), empty, jnp.zeros(3), empty, jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="residual has the wrong dtype or shape"):
-        call(jnp.zeros((1, 4)), jnp.zeros((1, 4)), empty, empty, jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="weight groups"):
-        call(
-            jnp.zeros((1, 64)),
-            *(empty,) * 3,
-            jnp.zeros((3, 64), jnp.int8),
-            jnp.ones((3, 4)),
-            empty,
-            empty,
-            integers=operands.integers(0, 1, kind, 16, -1, 3),
-        )
-
-    blocks = jnp.zeros((2, 16, 32, 4), jnp.int8)
-    for shape, scales, outputs, words in (
-        ((2, 16, 32, 4), (2, 32), 32, "as many blocks as its outputs fill"),
-        ((2, 16, 16, 8), (2, 32), 64, r"\[blocks, words, 32, 4\]"),
-        ((2, 16, 32, 4), (64, 1), 64, "scales has the wrong dtype or shape"),
-    ):
-        integers = operands.integers(0, 1, kind, 0, -1, outputs)
-        with pytest.raises(jax.errors.JaxRuntimeError, match=words):
-            call(jnp.zeros((1, 64)), *(empty,) * 3, blocks.reshape(shape), jnp.ones(scales), empty, empty, integers=integers)
-
-
-def test_options(native, monkeypatch):
-    with pytest.raises(BackendError, match="not one of this CPU's"), library.options(instruction_set="mmx"):
-        pass
-    with pytest.raises(BackendError, match="at least 1"), library.options(threads=0):
-        pass
-    with library.options(threads=3, instruction_set=native.instruction_sets[-1]):
-        assert library.call_integers() == (len(native.instruction_sets) - 1, 3)
-    assert library.call_integers() == (0, max(1, library.cores() // len(jax.devices())))
-    monkeypatch.setattr(library, "_NAMED", "plain")
-    assert library.instruction_set() == "plain" and library.refusal("cpu") is None
-    monkeypatch.setattr(library, "_NAMED", "mmx")
-    with pytest.raises(BackendError, match="'mmx' is not one of this CPU's"):
-        library.call_integers()
-    assert library.read_bandwidth(size=1 << 22, rounds=1) > 1e8
