@@ -157,7 +157,15 @@ void Barrier::wait(const Lane& lane) {
   }
 }
 
-void run_team(int threads, void (*body)(void*, const Lane&), void* argument) {
+// How long a caller waits for its workers to come. One that sleeps on an idle virtual core may take 100 us and more, and a prompt's call
+// that goes on without it takes twice its 20 ms; one whose core is busy with something else may be milliseconds away.
+static Clock::duration patience(int64_t products) {
+  constexpr int64_t kProductsPerNs = 10, kShare = 8, kMostNs = 2'000'000;
+  const int64_t ns = products / (kProductsPerNs * kShare);
+  return kSpin + std::chrono::nanoseconds(ns < kMostNs ? ns : kMostNs);
+}
+
+void run_team(int threads, int64_t products, void (*body)(void*, const Lane&), void* argument) {
   static thread_local Barrier barrier;
   static thread_local uint32_t step = 0;  // that all flags of the barrier have reached, or are behind
   Worker* workers[kMaxTeam];
@@ -170,13 +178,13 @@ void run_team(int threads, void (*body)(void*, const Lane&), void* argument) {
     workers[i]->only_helper = helpers == 1;
     workers[i]->call();
   }
-  // a worker whose core is busy with something else may be milliseconds away: better without it
+  const auto limit = patience(products);
   const auto all_joined = [&] {
     for (int i = 0; i < helpers; ++i)
       if (workers[i]->state.load(std::memory_order_acquire) != kJoined) return false;
     return true;
   };
-  if (helpers == 1 ? !spin([&] { return workers[0]->state.load(std::memory_order_acquire) != kCalled; }, kSpin) : !spin(all_joined, kSpin)) {
+  if (helpers == 1 ? !spin([&] { return workers[0]->state.load(std::memory_order_acquire) != kCalled; }, limit) : !spin(all_joined, limit)) {
     int joined = 0;
     for (int i = 0; i < helpers; ++i) {
       uint32_t expected = kCalled;
