@@ -40,7 +40,7 @@ class ParallelContext:
             stages=mesh.shape[STAGE],
             rows=tuple(a for a in ROW_AXES if a in large),
             expert=EXPERT if EXPERT in large else None,
-            direct=collectives.sends_directly(mesh),
+            direct=mesh.size > 1 and collectives.sends_directly(mesh),
         )
 
     # --- tensor parallelism
