@@ -150,7 +150,7 @@ def operations() -> dict[str, dict[str, Any]]:
     """For each operation {"implementations": names, the most preferred first, "used": {form of weights: names}, "refused": {name: why}}.
 
     used is what a small Llama takes whose weights have that form, traced and not run, for the devices of this machine; an operation that
-    it does not have lists none.
+    it does not ask for, for want of it or because a larger one is used in its place, lists none.
     """
     full_registry()
     out: dict[str, dict[str, Any]] = {
@@ -268,7 +268,7 @@ def _operation(entry: dict[str, Any]) -> str:
         lines = [next(iter(forms))]
     else:
         lines = [f"{names} for {', '.join(where)}" for names, where in forms.items()] or [
-            " > ".join(entry["implementations"]) + " (not in a Llama)"
+            " > ".join(entry["implementations"]) + " (a Llama asks for none here)"
         ]
     lines += [f"not {name}: {reason}" for name, reasons in entry["refused"].items() for reason in reasons]
     return "\n".join(lines)

@@ -40,13 +40,15 @@ def test_every_operation_tells_what_is_used(facts):
     for op, entry in operations.items():
         assert entry["implementations"] == [i.name for i in registry.implementations(op)]
         assert {name for names in entry["used"].values() for name in names} <= set(entry["implementations"])
-    assert set(operations["quant_matmul"]["used"]) == set(system.FORMS)
+    assert set(operations["fused_matmul"]["used"]) == set(system.FORMS)  # of the head, with the last norm
     assert set(operations["quantize_activations"]["used"]) <= {"w8a8"}
     assert operations["layer_norm"]["used"] == {}, "a Llama has none"
     if not isinstance(library.load(), str):  # as in a model of usual sizes
-        assert (
-            operations["mlp_block"]["used"] == operations["quant_matmul"]["used"] == {form: ["native"] for form in system.FORMS}
-        )
+        natively = {form: ["native"] for form in system.FORMS}
+        assert operations["attention_block"]["used"] == operations["mlp_block"]["used"] == natively
+        assert operations["fused_matmul"]["used"] == natively and operations["quant_matmul"]["used"] == {}
+    else:
+        assert set(operations["quant_matmul"]["used"]) == set(system.FORMS)
 
 
 def test_what_is_not_used_says_why(monkeypatch):
@@ -84,4 +86,4 @@ def test_the_command_prints_them(facts, capsys):
     assert cli.main(["info", "--system"]) == 0
     out = capsys.readouterr().out
     assert f"jax {jax.__version__}" in out and "quant_matmul" in out and "cores usable" in out and "\033" not in out
-    assert "layer_norm" in out and "(not in a Llama)" in out
+    assert "layer_norm" in out and "(a Llama asks for none here)" in out
