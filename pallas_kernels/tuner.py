@@ -76,9 +76,15 @@ def _filled(path: str, a: jax.ShapeDtypeStruct, keys: int, call: Call, rng: np.r
         return jnp.arange(a.size, dtype=dtype).reshape(a.shape)
     if path.endswith("['window']"):
         return jnp.full(a.shape, np.iinfo(np.int32).max, dtype)
-    if call.implementation.op == "grouped_matmul" and path == "[0][2]":  # rows of each expert
-        rows = call.operands[0].shape[0]
+    if call.implementation.op == "grouped_matmul" and path in ("[0][2]", "[0][4]"):  # rows of each expert, and which they are
+        given = dict(zip(call.paths, call.leaves, strict=True))
+        rows = given.get("[0][4]", given["[0][0]"]).shape[0]
+        if path == "[0][4]":
+            return jnp.arange(rows, dtype=dtype) % given["[0][0]"].shape[0]
         return jnp.asarray(rows // a.size + (np.arange(a.size) < rows % a.size), dtype)
+    if call.implementation.op == "sort_tokens":
+        count = next(leaf for leaf in call.leaves if isinstance(leaf, int))
+        return jnp.asarray(rng.integers(0, count, a.shape, dtype))
     if jnp.issubdtype(dtype, jnp.floating):
         scale = 0.01 if "scale" in path else 1.0
         return jnp.asarray(scale * rng.standard_normal(a.shape, np.float32)).astype(dtype)

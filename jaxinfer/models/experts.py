@@ -16,8 +16,7 @@ from flax import nnx
 
 from jaxinfer.models.blocks import WeightBlock, matrix, norm_scale, present
 from jaxinfer.models.config import ModelConfig
-from pallas_kernels.moe import Routing, grouped_matmul, route
-from pallas_kernels.moe.routing import combine, sort_tokens
+from pallas_kernels.moe import Routing, combine, grouped_matmul, in_order, route, sort_tokens
 from pallas_kernels.norm import norm
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul import quant_matmul
@@ -95,8 +94,8 @@ def moe_block(x, weights: MoEWeights, *, spec: MoESpec, ctx: ParallelContext, re
 def _from_own(x, routing: Routing, weights: MoEWeights, spec: MoESpec, ctx: ParallelContext):
     """float32 [T, D] of x [T, D], by experts that are all here."""
     with jax.named_scope("sort"):
-        rows = sort_tokens(routing.experts, weights.down.shape[0])
-    y = _experts(x[rows.tokens], rows.sizes, weights, spec, ctx)
+        rows = in_order(routing, weights.down.shape[0])
+    y = _experts(x, rows.tokens, rows.sizes, weights, spec, ctx)
     with jax.named_scope("combine"):
         return combine(y, routing, rows)
 
@@ -115,21 +114,22 @@ def _from_all_shards(x, routing: Routing, weights: MoEWeights, spec: MoESpec, ct
         here = sort_tokens(arrived.experts[:, None], E + 1)  # the last kind is what holds no row
         # rows that hold nothing come last, and the last expert has them too: sizes add up to all rows
         sizes = here.sizes[:E].at[E - 1].add(here.sizes[E])
-    y = _experts(arrived.rows[here.tokens], sizes, weights, spec, ctx)[here.places[:, 0]]
+    y = _experts(arrived.rows, here.tokens, sizes, weights, spec, ctx)[here.places[:, 0]]
     with jax.named_scope("collect"):
         back = ctx.from_experts(y, arrived, rows=rows.tokens.size, ragged=ragged)
     with jax.named_scope("combine"):
         return combine(back, routing, rows)
 
 
-def _experts(x, sizes, weights: MoEWeights, spec: MoESpec, ctx: ParallelContext):
-    """Rows [N, D] in the order of their experts through these: float32 [N, D], not yet weighted."""
+def _experts(x, rows, sizes, weights: MoEWeights, spec: MoESpec, ctx: ParallelContext):
+    """Rows of x [T, D], which `rows` [N] names in the order of their experts, through these: float32 [N, D], not yet weighted."""
     with jax.named_scope("up"):
         if len(weights.up) == 1:
-            h = grouped_matmul(x, weights.up[0], sizes, activation=spec.activation, gated=True)
+            h = grouped_matmul(x, weights.up[0], sizes, rows=rows, activation=spec.activation, gated=True)
         else:
             gate, up = weights.up
-            h = grouped_matmul(x, gate, sizes, activation=spec.activation) * grouped_matmul(x, up, sizes)
+            h = grouped_matmul(x, gate, sizes, rows=rows, activation=spec.activation)
+            h = h * grouped_matmul(x, up, sizes, rows=rows)
     with jax.named_scope("down"):
         down: Any = weights.down
         inputs = down.activation if isinstance(down, QTensor) else None

@@ -266,8 +266,9 @@ def half_layer(weights: LayerWeights, x, angles, positions, window, *, half: str
     def recording(x, w, *, bias, max_over_shards):
         return seen(x, w, reference.quant_matmul(x, w, bias=bias, max_over_shards=max_over_shards))
 
-    def grouped(x, w, sizes, bias, **call):
-        y = experts_reference.grouped_matmul(x, w, sizes, bias, **call)
+    def grouped(x, w, sizes, bias, rows, **call):
+        x = x if rows is None else x[rows]
+        y = experts_reference.grouped_matmul(x, w, sizes, bias, None, **call)
         return seen(x, w, y, sizes)
 
     register("quant_matmul", RECORDING, recording)

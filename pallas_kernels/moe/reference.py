@@ -1,10 +1,10 @@
-"""Routing and the matmuls of experts in plain jnp, float32 inside: the meaning of the operations."""
+"""Routing, sorting and the matmuls of experts in plain jnp, float32 inside: the meaning of the operations."""
 
 import jax
 import jax.numpy as jnp
 
 from pallas_kernels.activation.reference import ACTIVATIONS
-from pallas_kernels.moe.routing import Routing
+from pallas_kernels.moe.routing import Routing, Sorted
 from pallas_kernels.precision import dot_precision
 from pallas_kernels.qtensor import QTensor, dequantize
 from pallas_kernels.quantize import dequantize_activations, quantize_activations
@@ -27,8 +27,18 @@ def route(logits, bias, *, experts_per_token, scoring, normalise, scale, groups,
     return Routing(experts=experts.astype(jnp.int32), weights=weights * scale)
 
 
-def grouped_matmul(x, w, sizes, bias, *, activation, gated, out_dtype):
+def sort_tokens(experts, *, count):
+    flat = experts.reshape(-1)
+    order = jnp.argsort(flat, stable=True).astype(jnp.int32)
+    places = jnp.zeros_like(order).at[order].set(jnp.arange(order.size, dtype=jnp.int32))
+    sizes = jnp.sum(flat[:, None] == jnp.arange(count), 0, dtype=jnp.int32)
+    return Sorted(tokens=order // experts.shape[-1], places=places.reshape(experts.shape), sizes=sizes)
+
+
+def grouped_matmul(x, w, sizes, bias, rows, *, activation, gated, out_dtype):
     x = x.astype(jnp.float32)
+    if rows is not None:
+        x = x[rows]
     if isinstance(w, QTensor):
         if w.activation is not None:
             static = w.input_scale  # of every expert [E, 1, 1]

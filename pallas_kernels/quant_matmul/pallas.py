@@ -22,7 +22,7 @@ from pallas_kernels.qtensor import QTensor, packing_block
 from pallas_kernels.quant_matmul import fused
 from pallas_kernels.quant_matmul.decoding import BYTES, NIBBLES, stored
 from pallas_kernels.quant_matmul.pallas_kernel import Spec, kernel
-from pallas_kernels.quant_matmul.tiles import SMALL, Problem, check, heuristic
+from pallas_kernels.quant_matmul.tiles import SMALL, Problem, check, heuristic, rows_of_expert
 from pallas_kernels.quantize import quantize_activations
 from pallas_kernels.target import current_target
 from pallas_kernels.tuning import tile_for
@@ -165,31 +165,23 @@ fused_matmul.defvjp(_forward, _backward)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class _Experts:
-    """Rows in the order of experts. sizes: int32 [count], rows of each."""
+    """Rows in the order of experts. sizes: int32 [count], rows of each. rows: int32 [N], which of x each is, or None."""
 
     sizes: jax.Array
     count: int
+    rows: jax.Array | None
 
-    def places(self, rows: int, block: int) -> dict[str, jax.Array]:
-        """For each block of rows of one expert: the expert, its first row, and where its rows stop. Blocks that are left over are empty."""
-        blocks = rows // block + min(self.count, rows)
-        needed = -(-self.sizes // block)
-        ends, stops = jnp.cumsum(needed), jnp.cumsum(self.sizes)
-        number = jnp.arange(blocks, dtype=jnp.int32)
-        used = number < ends[-1]
-        expert = jnp.where(used, jnp.sum(number[:, None] >= ends[None], 1), 0).astype(jnp.int32)
-        first = stops[expert] - self.sizes[expert] + (number - ends[expert] + needed[expert]) * block
-        stop = jnp.minimum(first + block, stops[expert])
-        empty = lambda a: jnp.where(used, a, 0).astype(jnp.int32)
-        return {"expert": expert, "first": empty(first), "stop": empty(stop)}
+    def blocks(self, rows: int, block: int) -> int:
+        """Blocks of so many rows of one expert, at most: where each expert's last one holds a single row."""
+        return (rows + min(self.count, rows) * (block - 1)) // block
 
 
-def grouped_matmul(x, w, sizes, bias, *, activation, gated, out_dtype):
-    return _grouped(x, w, sizes, bias, activation, gated, out_dtype)
+def grouped_matmul(x, w, sizes, bias, rows, *, activation, gated, out_dtype):
+    return _grouped(x, w, sizes, bias, rows, activation, gated, out_dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
-def _grouped(x, w, sizes, bias, activation, gated, out_dtype):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _grouped(x, w, sizes, bias, rows, activation, gated, out_dtype):
     count = w.shape[0]
     call = fused.Call(activation=activation, gated=gated, kind=None, eps=0.0, out_dtype=out_dtype, max_over_shards=None)
     x_scales = None
@@ -197,13 +189,12 @@ def _grouped(x, w, sizes, bias, activation, gated, out_dtype):
         x, x_scales = quantize_activations(x, w.activation)
     flat = jax.tree.map(lambda a: a.reshape(-1, a.shape[-1]), w)
     biases = (None if bias is None else bias.reshape(-1),)
-    return _product(
-        x, x_scales, (flat,), biases, residual=None, normed=None, call=call, experts=_Experts(sizes=sizes, count=count)
-    )
+    experts = _Experts(sizes=sizes, count=count, rows=rows)
+    return _product(x, x_scales, (flat,), biases, residual=None, normed=None, call=call, experts=experts)
 
 
-def _grouped_forward(x, w, sizes, bias, *static):
-    return _grouped(x, w, sizes, bias, *static), (x, w, sizes, bias)
+def _grouped_forward(x, w, sizes, bias, rows, *static):
+    return _grouped(x, w, sizes, bias, rows, *static), (x, w, sizes, bias, rows)
 
 
 def _grouped_backward(activation, gated, out_dtype, saved, gradient):
@@ -219,6 +210,8 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None,
     first = weights[0]
     quantised = isinstance(first, QTensor)
     rows, inputs = x.shape
+    if experts and experts.rows is not None:
+        rows = experts.rows.shape[0]
     outputs = first.shape[0] // (2 if call.gated and len(weights) == 1 else 1) // (experts.count if experts else 1)
     parts = 2 if call.gated else 1
     levels = x_scales is not None
@@ -229,7 +222,7 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None,
         dtype, x_group = x.dtype, (first.activation.group or 0)
     shared = [g for g in (group, x_group) if g]
     problem = Problem(
-        rows=-(-rows // experts.count) if experts else rows,
+        rows=rows_of_expert(rows, experts.count) if experts else rows,
         outputs=outputs,
         inputs=inputs,
         bits=first.kind.bits if quantised else 8 * first.dtype.itemsize,
@@ -239,6 +232,7 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None,
         quantised=levels,
         normed=normed is not None,
         shifted=quantised and first.zeros is not None,
+        experts=min(rows, experts.count) if experts else 1,
     )
     if not levels:
         problem = dataclasses.replace(problem, terms=_terms(x, first, problem.rows))
@@ -250,9 +244,8 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None,
     given = {"x": x, "x_scales": x_scales}
     blocks = -(-rows // tile.rows)
     if experts:
-        places = experts.places(rows, tile.rows)
-        given |= places
-        blocks = places["expert"].shape[0]
+        given |= {"sizes": experts.sizes.astype(jnp.int32), "x_rows": experts.rows}
+        blocks = experts.blocks(rows, tile.rows)
     if normed is not None:
         given |= {"norm_scale": normed[0], "norm_bias": normed[1]}
     for i, (w, b) in enumerate(zip(weights, biases, strict=True)):

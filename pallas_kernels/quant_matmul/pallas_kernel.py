@@ -11,7 +11,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.kernel_math import ACTIVATIONS
+from pallas_kernels.kernel_math import ACTIVATIONS, masked_slice, power_of_two
 from pallas_kernels.quant_matmul.decoding import decoded, scale_of
 from pallas_kernels.quant_matmul.tiles import Tile
 from pallas_kernels.value_formats import INT4_OFFSET
@@ -58,14 +58,15 @@ def kernel(*refs, spec: Spec) -> None:
     S, R, N = tile.splits, tile.outputs * tile.splits, spec.columns
     per_split = -(-I // (S * tile.inputs)) * tile.inputs
     row, column = jnp.arange(R), jnp.arange(N)
-    if "expert" in ref:
-        block = pl.program_id(0)
-        first, stop, base = ref["first"][block], ref["stop"][block], ref["expert"][block] * (O * len(spec.offsets))
+    if "sizes" in ref:
+        expert, first, stop = _rows_of_expert(ref["sizes"], pl.program_id(0), tile.rows)
+        base = expert * (O * len(spec.offsets))
     else:
         first, stop, base = pl.program_id(0) * tile.rows, M, 0
     output = base + jnp.minimum(pl.program_id(1) * tile.outputs + lax.rem(row, tile.outputs), O - 1)
     row_split = lax.div(row, tile.outputs)
-    x_row = jnp.minimum(first + lax.rem(column, tile.rows), M - 1)
+    of_x = lambda row: ref["x_rows"][row] if "x_rows" in ref else row
+    x_row = of_x(jnp.minimum(first + lax.rem(column, tile.rows), M - 1))
     group = lax.rem(lax.div(column, tile.rows), spec.groups)
     term = lax.rem(lax.div(column, tile.rows * spec.groups), spec.terms)
     column_split = lax.div(column, tile.rows * spec.groups * spec.terms)
@@ -162,8 +163,8 @@ def kernel(*refs, spec: Spec) -> None:
                 shift = (INT4_OFFSET - zeros) * scale if integer else INT4_OFFSET * scale + zeros
         if spec.x_group:
             at = jnp.minimum(column_split * per_split + step * tile.inputs + group * spec.unit, I - 1)
-            of_x = ref["x_scales"][x_row, lax.div(at, spec.x_group)][None]
-            scale = of_x if scale is None else scale * of_x
+            for_x = ref["x_scales"][x_row, lax.div(at, spec.x_group)][None]
+            scale = for_x if scale is None else scale * for_x
         return scale, shift
 
     stepwise = spec.unit > 0
@@ -198,7 +199,7 @@ def kernel(*refs, spec: Spec) -> None:
     start = tuple(jnp.zeros((R, N), jnp.float32 if stepwise else total) for _ in parts)
     scales = tuple(scale_at(part, 0) if stepwise else (None, None) for part in parts)
     # blocks that are left over read no weight
-    busy = jnp.minimum(stop - first, 1) if "expert" in ref else 1
+    busy = jnp.minimum(stop - first, 1) if "sizes" in ref else 1
     sums, squares, _ = lax.fori_loop(0, per_split // tile.inputs * busy, body, (start, squares, scales))
 
     outputs = pl.program_id(1) * tile.outputs + jnp.arange(tile.outputs)
@@ -227,7 +228,7 @@ def kernel(*refs, spec: Spec) -> None:
         if spec.group == 0:
             y = y * w_ref("scales", part)[at, jnp.zeros_like(at)].astype(jnp.float32)[:, None]
         if spec.x_group == 0:
-            y = y * ref["x_scales"][safe_rows, jnp.zeros_like(safe_rows)][None]
+            y = y * ref["x_scales"][of_x(safe_rows), jnp.zeros_like(safe_rows)][None]
         if has("bias"):
             y = y + once(w_ref("bias", part)[at].astype(jnp.float32))[:, None]
         done.append(y)
@@ -241,6 +242,22 @@ def kernel(*refs, spec: Spec) -> None:
     mask = (outputs < O)[:, None] & (x_rows < stop)[None]
     place = ref["out"].at[jnp.broadcast_to(x_rows[None], shape), jnp.broadcast_to(outputs[:, None], shape)]
     triton.store(place, y.astype(ref["out"].dtype), mask=mask)
+
+
+def _rows_of_expert(sizes_ref, block, rows: int):
+    """The expert of a block of rows, its first row and where its rows stop; a block that is left over has none.
+
+    Each block finds its own, which takes two short scans, where arrays of all would take launches of their own before.
+    """
+    count = sizes_ref.shape[0]
+    number = jnp.arange(power_of_two(count))
+    sizes = triton.load(sizes_ref.at[masked_slice(0, number.size)], mask=number < count, other=0)
+    needed = lax.div(sizes + (rows - 1), rows)
+    ends, stops = jnp.cumsum(needed), jnp.cumsum(sizes)
+    mine = (ends - needed <= block) & (block < ends)
+    pick = lambda a: jnp.sum(jnp.where(mine, a, 0))
+    first = pick(stops - sizes + (block - ends + needed) * rows)
+    return pick(number), first, jnp.minimum(first + rows, pick(stops))
 
 
 def _both(a, b):

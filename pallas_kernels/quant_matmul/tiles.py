@@ -44,9 +44,9 @@ class Tile:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Problem:
-    """rows of x (of one expert), outputs and inputs of the weight; bits of its values; group: inputs that share all scales, or None;
+    """rows of x, outputs and inputs of the weight, all of one expert; bits of its values; group: inputs that share all scales, or None;
     terms: bfloat16 per element of x; parts: weights that are multiplied at once; quantised: x is made of levels; normed: x is normed;
-    shifted: groups have zeros."""
+    shifted: groups have zeros; experts: that have rows, at most."""
 
     rows: int
     outputs: int
@@ -58,6 +58,16 @@ class Problem:
     quantised: bool
     normed: bool = False
     shifted: bool = False
+    experts: int = 1
+
+
+def rows_of_expert(rows: int, experts: int) -> int:
+    """Rows that a program has of one expert: one where so few rows seldom meet, else, up to those of a small matmul, twice the mean,
+    so that few experts have more and are read by several programs."""
+    if 4 * rows <= experts:
+        return 1
+    mean = -(-rows // experts)
+    return mean if mean > SMALL else min(2 * mean, SMALL)
 
 
 def heuristic(p: Problem, gpu: Gpu) -> Tile:
@@ -80,7 +90,7 @@ def _fed(tile: Tile, p: Problem, gpu: Gpu) -> Tile:
 
 def blocks(tile: Tile, p: Problem) -> int:
     """Programs of a launch."""
-    return -(-p.rows // tile.rows) * -(-p.outputs // tile.outputs)
+    return p.experts * -(-p.rows // tile.rows) * -(-p.outputs // tile.outputs)
 
 
 def resident(tile: Tile, p: Problem, gpu: Gpu) -> int:
@@ -124,12 +134,14 @@ def _small(p: Problem, processors: int) -> Tile:
         unit = min(p.group, row_bytes)
         inputs = unit * max(1, min(free, row_bytes // unit))
         free = max(1, free // (inputs // unit))
-    few = -(-p.outputs // 64) < 4 * processors
+    few = p.experts * -(-p.outputs // 64) < 4 * processors
     splits = 2 if few and free >= 2 and p.inputs >= 4 * inputs else 1
     outputs = 32 if few else 64
     # every program reads all of x, from the second-level cache: of many rows and few bits as much as a narrow program's weights or more
     x_bits = 8 * (1 if p.quantised else 4 if p.terms == 2 else 2)
-    while outputs < 64 and outputs < rows * x_bits // p.bits and -(-p.outputs // (2 * outputs)) >= BUSY * processors:
+    while (
+        outputs < 64 and outputs < rows * x_bits // p.bits and p.experts * -(-p.outputs // (2 * outputs)) >= BUSY * processors
+    ):
         outputs, splits = 2 * outputs, 1
     return Tile(rows=rows, outputs=outputs, inputs=inputs, splits=splits, warps=2 if outputs * splits == 32 else 4, stages=4)
 

@@ -42,16 +42,16 @@ TOKENS = 1000  # of the cache, unlike any other size
 
 def stored_as(model: Decoder, weights: str, *, group: int) -> None:
     for _, p in nnx.iter_graph(model):
-        if isinstance(p, nnx.Param) and p.get_value().ndim == 2 and p.get_value().shape[1] % group == 0:
+        if isinstance(p, nnx.Param) and p.get_value().ndim > 1 and p.get_value().shape[1] % group == 0:
             value = p.get_value()
             p.set_value(
                 value.astype(weights) if weights == "bfloat16" else round_to_nearest(value, format=weights, group=group)
             )
 
 
-def program(weights: str, cache, gpu: str, precision: str | None = None):
+def program(weights: str, cache, gpu: str, precision: str | None = None, config: ModelConfig = CONFIG):
     """What `gpu` runs for a step of one sequence, and the shapes of cache and weights."""
-    model = Decoder(CONFIG)
+    model = Decoder(config)
     stored_as(model, weights, group=64)
     here = place(model, make_mesh(stage=1, tensor=1), kernels="xla")  # in the order that GPUs read
     mesh = topology_mesh(gpu, (1,) * len(MESH_AXES), MESH_AXES)
@@ -88,6 +88,20 @@ def test_launches_of_a_layer(weights, cache, gpu):
     layers = found.launches[matmuls[0] : matmuls[-1]]  # the last one is the head, with the norm before it
     assert len(layers) <= 8 * CONFIG.layers, layers
     assert [layers.count(name) for name in ("rope_cache", "decode_attention", "decode_reduce")] == [CONFIG.layers] * 3
+    assert copies(found.text, shapes) == []
+    assert all(kernel.spilled == 0 for kernel in found.kernels)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["bfloat16", "int4"])
+def test_launches_of_a_layer_with_experts(weights):
+    """Norm, router, choice, two matmuls and their sum, where a layer without experts has two launches after its attention."""
+    moe = MoEConfig(experts=16, used=4, width=128, normalise=True, layers=(0, 1))
+    found, shapes = program(weights, jnp.bfloat16, "h100", config=dataclasses.replace(CONFIG, moe=moe))
+    first, second = (i for i, name in enumerate(found.launches) if name == "decode_attention")
+    assert second - first <= 11, found.launches
+    assert found.launches.count("route") == CONFIG.layers
     assert copies(found.text, shapes) == []
     assert all(kernel.spilled == 0 for kernel in found.kernels)
 

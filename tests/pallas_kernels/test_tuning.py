@@ -139,7 +139,7 @@ from pallas_kernels.attention import attention
 from pallas_kernels.cross_entropy import log_probs
 from pallas_kernels.latent_attention import latent_attention
 from pallas_kernels.layer_cache import LayerCache
-from pallas_kernels.moe import grouped_matmul
+from pallas_kernels.moe import grouped_matmul, route, sort_tokens
 from pallas_kernels.norm import fused_norm, layer_norm
 from pallas_kernels.qtensor import ActivationQuant
 from pallas_kernels.quantize import quantize_activations, quantize_weights
@@ -175,7 +175,7 @@ def others(x, heads, at, bias):
     yield rope(heads, heads[:, :, 0, :4], heads[:, :, 0, :4])
     yield rope_cache(heads, heads, heads, None, None, own, rows=None, positions=at)
     yield triangle_attention(heads[None], heads[None], heads[None], bias[:1, :, :3, :3], scale=1.0)
-    yield grouped_matmul(x, heads.reshape(3, 2, 16), at[0])
+    yield grouped_matmul(x, heads.reshape(3, 2, 16), at[0]), route(x, experts_per_token=2), sort_tokens(at, 5)
 
 with interpreting(), warnings.catch_warnings(record=True) as seen:
     warnings.simplefilter("always")
