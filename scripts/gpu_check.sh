@@ -55,17 +55,18 @@ rm -f "$folder"/{tests,decode,kernels,tuned}.txt
 
 tests=("$python" -m pytest -q -p no:cacheprovider)
 kernel_tests=(tests/pallas_kernels/test_*_kernels.py tests/pallas_kernels/test_*_mosaic.py tests/pallas_kernels/test_quant_matmul_*.py)
+kernel_tests+=(tests/pallas_kernels/test_{activation,cross_entropy,dropout,latent_attention,moe,quantize_weights,softmax,triangle_attention}.py)
 if [ -n "$dry" ]; then
   tests+=(--collect-only)
 fi
-part 120 tests.txt "${tests[@]}" -m "not slow and not full and not root and not oracle and not aot" "${kernel_tests[@]}"
+part 150 tests.txt "${tests[@]}" -m "not slow and not full and not root and not oracle and not aot" "${kernel_tests[@]}"
 part 45 tests.txt "${tests[@]}" -m gpu tests/pallas_kernels
 if [ -n "$dry" ]; then
   part 120 decode.txt "$python" scripts/bench/gpu_decode.py --dry-run --prompt 8 --tokens 9 --json "$folder/decode.json"
 else
   part 150 decode.txt "$python" scripts/bench/gpu_decode.py --json "$folder/decode.json"
 fi
-part 190 kernels.txt bash -c '"$1" scripts/bench/kernel_report.py --measure --limit 170 --json $2 >"$3/kernels.json"' - "$python" "$dry" "$folder"
+part 160 kernels.txt bash -c '"$1" scripts/bench/kernel_report.py --measure --limit 140 --json $2 >"$3/kernels.json"' - "$python" "$dry" "$folder"
 part 20 decode.txt "$python" scripts/bench/gpu_chart.py "$folder"
 if [ -z "$dry" ]; then
   # once with what is in the user's cache folder would compare tuned with tuned

@@ -15,20 +15,22 @@ import jax.numpy as jnp
 from pallas_kernels.activation import activation
 from pallas_kernels.activation.specs import SPECS as HIDDEN
 from pallas_kernels.attention import attention
+from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
 from pallas_kernels.cross_entropy import log_probs
+from pallas_kernels.dropout import Dropout
 from pallas_kernels.latent_attention import latent_attention
 from pallas_kernels.latent_attention.specs import SPECS as LATENTS
 from pallas_kernels.launch import NARROWEST_FP8, OLDEST
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
-from pallas_kernels.moe import grouped_matmul
+from pallas_kernels.moe import grouped_matmul, in_order, route
 from pallas_kernels.moe.specs import SPECS as EXPERTS
 from pallas_kernels.norm import fused_norm, rms_norm
 from pallas_kernels.norm.specs import SPECS as NORMS
 from pallas_kernels.qtensor import ActivationQuant, round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul.specs import SPECS as MATMULS
-from pallas_kernels.quantize import quantize_activations
+from pallas_kernels.quantize import quantize_activations, quantize_weights
 from pallas_kernels.rope_cache import rope_cache
 from pallas_kernels.rope_cache.specs import SPECS as HEADS
 from pallas_kernels.sampling import argmax, sample
@@ -45,7 +47,8 @@ S = jax.ShapeDtypeStruct
 class Case:
     """run: of args. moved: bytes that are read or written at least once. operations: floating-point ones. matrix: whether the tensor cores
     do them. donated: arguments that the result takes the place of. streams: it is bound by reading its arguments, once each. accumulators:
-    bytes of partial sums that each processor hands on to a second launch. since: the oldest compute capability that it has a kernel for."""
+    bytes of partial sums that each processor hands on to a second launch. unused: bytes of its arguments that it has no need of. since: the
+    oldest compute capability that it has a kernel for."""
 
     op: str
     name: str
@@ -57,6 +60,7 @@ class Case:
     donated: tuple[int, ...] = ()
     streams: bool = False
     accumulators: int = 0
+    unused: int = 0
     since: tuple[int, int] = OLDEST
 
 
@@ -78,6 +82,13 @@ def norms() -> Iterator[Case]:
     yield Case(
         op="fused_norm", name=f"{name} + residual, int8", run=run, args=(x, x, scale), moved=size(x, x, x, scale) + x.size
     )
+
+    def dropped(x, scale, bias):
+        dropout = Dropout(rate=0.1, seed=jnp.arange(2, dtype=jnp.uint32))
+        return fused_norm(x, scale, bias, kind="layer", eps=1e-5, activation="gelu", dropout=dropout)
+
+    name = f"llama_3_1_8b {rows}x{width} {jnp.dtype(dtype).name}, layer norm, GELU, dropout"
+    yield Case(op="fused_norm", name=name, run=dropped, args=(x, scale, scale), moved=size(x, x, scale, scale))
 
 
 def softmaxes() -> Iterator[Case]:
@@ -273,6 +284,32 @@ def matmuls() -> Iterator[Case]:
         )
 
 
+def attention_blocks() -> Iterator[Case]:
+    """One token at the end of a full cache."""
+    heads, width, cached = HEADS["llama_3_1_8b"], MATMULS["llama_3_1_8b.q"].inputs, 8192
+    spec = AttentionSpec(head_dim=heads.head_dim, group=heads.heads // heads.kv_heads, scale=0.1, eps=1e-5)
+    outputs = (heads.heads + 2 * heads.kv_heads) * heads.head_dim
+    for form in ("bfloat16", "int4 g128"):
+        qkv, out = weight((outputs, width), form), weight((width, width), form)
+        weights = AttentionWeights(norm=S((width,), jnp.float32), qkv=(qkv,), qkv_bias=(), out=out, out_bias=None)
+        x, cache = S((1, 1, width), jnp.float32), caches(heads, 1, cached, "bfloat16")
+        angles = S((1, 1, heads.rotated // 2), jnp.float32)
+
+        def run(x, weights, cache, cos, sin):
+            at = jnp.full(x.shape[:2], cached - 1, jnp.int32)
+            return attention_block(x, weights, cache, spec=spec, angles=(cos, sin), positions=at, residual=x)
+
+        yield Case(
+            op="attention_block",
+            name=f"llama_3_1_8b, {form}, {cached} tokens in a bfloat16 cache",
+            run=run,
+            args=(x, weights, cache, angles, angles),
+            moved=size(x, x, weights, cache),
+            matrix=True,
+            donated=(2,),
+        )
+
+
 def mlp_blocks() -> Iterator[Case]:
     gate, down = MATMULS["llama_3_1_8b.gate"], MATMULS["llama_3_1_8b.down"]
     spec = MLPSpec(activation="silu", gated=True, eps=1e-5)
@@ -294,26 +331,39 @@ def mlp_blocks() -> Iterator[Case]:
 
 
 def experts() -> Iterator[Case]:
-    for model, form, tokens in (("mixtral_8x7b", "int4 g128", 1), ("qwen3_30b_a3b", "int8", 512)):
+    """Rows that go to the first experts in equal parts; and the choice of experts with the order of rows."""
+    for model, form, tokens in (("mixtral_8x7b", "int4 g128", 1), ("qwen3_30b_a3b", "int8", 1), ("qwen3_30b_a3b", "int8", 512)):
         spec = EXPERTS[model]
         rows, used = tokens * spec.chosen, min(spec.experts, tokens * spec.chosen)
         w = weight((spec.experts, 2 * spec.hidden, spec.embed), form)
-        x = S((rows, spec.embed), jnp.float32)
+        x = S((tokens, spec.embed), jnp.float32)
 
-        def run(x, w, sizes, rows=rows, used=used):
-            # measured with zeros: the rows go to the first experts in equal parts
-            even = jnp.where(jnp.arange(sizes.size) < used, rows // used, 0)
-            return grouped_matmul(x, w, sizes + even, activation="silu", gated=True)
+        def run(x, w, rows=rows, used=used):
+            sizes = jnp.where(jnp.arange(w.shape[0]) < used, rows // used, 0).astype(jnp.int32)
+            return grouped_matmul(x, w, sizes, rows=jnp.arange(rows) % x.shape[0], activation="silu", gated=True)
 
+        unused = size(w) * (spec.experts - used) // spec.experts
         yield Case(
             op="grouped_matmul",
             name=f"{model}, {form}, {tokens} tokens",
             run=run,
-            args=(x, w, S((spec.experts,), jnp.int32)),
-            moved=size(x) + size(w) * used // spec.experts + 4 * rows * spec.hidden,
+            args=(x, w),
+            moved=size(x, w) - unused + 4 * rows * spec.hidden,
             operations=4.0 * rows * spec.hidden * spec.embed,
             matrix=True,
+            streams=tokens == 1,
+            unused=unused,
         )
+    for model, tokens in (("deepseek_v3", 1), ("deepseek_v3", 16), ("qwen3_30b_a3b", 2048)):
+        spec = EXPERTS[model]
+        logits = S((tokens, spec.experts), jnp.float32)
+
+        def choose(logits, spec=spec):
+            routing = route(logits, normalise=True, **spec.routing)
+            return routing.experts, routing.weights, in_order(routing, spec.experts)
+
+        made = size(jax.eval_shape(choose, logits))
+        yield Case(op="route", name=f"{model}, {tokens} tokens", run=choose, args=(logits,), moved=size(logits) + made)
 
 
 def elementwise() -> Iterator[Case]:
@@ -325,6 +375,14 @@ def elementwise() -> Iterator[Case]:
     run = lambda x: quantize_activations(x, ActivationQuant())
     yield Case(
         op="quantize_activations", name="llama_3_1_8b, 2048 rows", run=run, args=(x,), moved=size(x) + x.size + x.size // 16
+    )
+    w = S((4096, 14336), jnp.bfloat16)
+    yield Case(
+        op="quantize_weights",
+        name="llama_3_1_8b.down, int8",
+        run=functools.partial(quantize_weights, format="int8", group=None),
+        args=(w,),
+        moved=size(w) + w.size + 4 * w.shape[0],
     )
     z, targets = S((512, VOCABULARIES["llama_3_1_8b"].size), jnp.float32), S((512,), jnp.int32)
     yield Case(op="log_probs", name="llama_3_1_8b, 512 tokens", run=log_probs, args=(z, targets), moved=size(z, targets))
@@ -339,6 +397,7 @@ ROOMS: tuple[Callable[[], Iterator[Case]], ...] = (
     softmaxes,
     samplings,
     matmuls,
+    attention_blocks,
     mlp_blocks,
     experts,
     elementwise,

@@ -82,7 +82,7 @@ def compiled(case: Case, name: str) -> dict:
     row["kernels"] = [vars(k) | {"occupancy": round(occupancy(k, gpu), 4)} for k in own]
     read = reads_of(case.op, case.name, gpu.device_kind)
     if isinstance(read, Reads):
-        row |= {"argument_bytes": size(case.args), "read_bytes": read.unique, "issued_bytes": read.issued}
+        row |= {"argument_bytes": size(case.args) - case.unused, "read_bytes": read.unique, "issued_bytes": read.issued}
         row["handed_on_bytes"] = read.handed_on
     row["problems"] = problems(row, case, gpu)
     if isinstance(read, str):

@@ -36,6 +36,7 @@ def test_how_many_and_how_much(rng, rate):
             assert 0.7 < spread < 1.4
 
 
+@pytest.mark.skipif(len(jax.devices()) < 8, reason="its meshes have eight devices")
 def test_every_sharding_drops_the_same_elements(rng):
     x, key = jnp.asarray(rng.normal(size=(4, 6, 16)), jnp.float32), seed(rng)
     call = lambda x, dropout: activation(x, kind="gelu", dropout=dropout).y
