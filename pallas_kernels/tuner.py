@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from pallas_kernels import registry, tuning
 from pallas_kernels.deviceless import Compiled, Kernel, inspect, is_ours, lower_for
 from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import describe
+from pallas_kernels.layer_cache import LayerCache
 
 ROUNDS = 4  # of moves to a better neighbour
 GAIN = 0.98  # of the time: what is less is noise
@@ -191,22 +193,50 @@ def clock(executable: jax.stages.Compiled, arguments: Sequence[Any]) -> float:
     return sorted(times)[RUNS // 2]
 
 
-def repeated(call: Callable[..., Any], sets: int, repeats: int = REPEATS) -> Callable[..., Any]:
+def updates(results: Any, args: Any) -> dict[int, int]:
+    """For each array of results that takes the place of one of args, the number of the one and of the other: those of a cache."""
+
+    def of_caches(tree) -> list[tuple[int, Any]]:
+        found, number = [], 0
+        for node in jax.tree.leaves(tree, is_leaf=lambda a: isinstance(a, LayerCache)):
+            arrays = [a for a in jax.tree.leaves(node) if hasattr(a, "dtype")]
+            if isinstance(node, LayerCache):
+                found += [(number + i, (a.shape, a.dtype)) for i, a in enumerate(arrays)]
+            number += len(arrays)
+        return found
+
+    made, given = of_caches(results), of_caches(args)
+    alike = [shape for _, shape in made] == [shape for _, shape in given]
+    return {i: j for (i, _), (j, _) in zip(made, given, strict=True)} if alike else {}
+
+
+def repeated(
+    call: Callable[..., Any], sets: int, repeats: int = REPEATS, places: Mapping[int, int] = MappingProxyType({})
+) -> Callable[..., Any]:
     """A program that makes a call `repeats` times for each of `sets` sets of operands, one after the other, and gives the results of the
-    last time."""
+    last time. places: see `updates`; such a result is the operand of the next time, as in a decode loop: what is written in place is not
+    copied before."""
 
     def run(*operands):
         each = len(operands) // sets
-
-        def once(args):
-            return [call(*args[i * each : (i + 1) * each]) for i in range(sets)]
+        leaves, tree = jax.tree.flatten(jax.eval_shape(call, *operands[:each]))
 
         def body(_, carry):
             # what went before is made to matter, or XLA would take a call that is always the same out of the loop
             args, before = jax.lax.optimization_barrier(carry)
-            return args, _mixed(once(args), before)
+            args, found = list(args), []
+            for first in range(0, len(args), each):
+                made = jax.tree.leaves(call(*args[first : first + each]))
+                for number, operand in places.items():
+                    args[first + operand] = made[number]
+                found += [a for i, a in enumerate(made) if i not in places]
+            return tuple(args), _mixed(found, before)
 
-        return jax.lax.fori_loop(0, repeats, body, (operands, jax.tree.map(jnp.zeros_like, jax.eval_shape(once, operands))))[1]
+        others = [jnp.zeros(a.shape, a.dtype) for i, a in enumerate(leaves) if i not in places]
+        args, found = jax.lax.fori_loop(0, repeats, body, (operands, others * sets))
+        rest = iter(found)
+        whole = lambda first: [args[first + places[i]] if i in places else next(rest) for i in range(len(leaves))]
+        return [jax.tree.unflatten(tree, whole(first)) for first in range(0, len(args), each)]
 
     return run
 
@@ -226,12 +256,14 @@ def best(task: Task, *, timer: Timer = clock, repeats: int = REPEATS) -> list[Ca
     size = sum(a.size * np.dtype(a.dtype).itemsize for a in call.operands)
     sets = min(8, max(1, -(-2 * describe(device.device_kind).l2 // max(1, size))))
     operands = tuple(itertools.chain.from_iterable(call.arrays(rng) for _ in range(sets)))
+    arguments = jax.tree.unflatten(call.tree, call.leaves)
+    places = updates(jax.eval_shape(lambda *a: call(*a), *call.operands), arguments)
     wanted: list[Any] = []
     tried: dict[Any, Candidate] = {}
 
     def judge(tile) -> None:
         # functions of their own, since jax's caches do not know the tile of a function that was traced
-        program = jax.jit(repeated(lambda *a: call(*a), sets, repeats))
+        program = jax.jit(repeated(lambda *a: call(*a), sets, repeats, places))
         found, compiled = _judged(task, tile, lambda: inspect(program.lower(*operands)))
         if compiled is not None and found.refusal is None:
             results = [np.asarray(a) for a in jax.tree.leaves(compiled.executable(*operands))]

@@ -46,9 +46,8 @@ S = jax.ShapeDtypeStruct
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
     """run: of args. moved: bytes that are read or written at least once. operations: floating-point ones. matrix: whether the tensor cores
-    do them. donated: arguments that the result takes the place of. streams: it is bound by reading its arguments, once each. accumulators:
-    bytes of partial sums that each processor hands on to a second launch. unused: bytes of its arguments that it has no need of. since: the
-    oldest compute capability that it has a kernel for."""
+    do them. streams: it is bound by reading its arguments, once each. accumulators: bytes of partial sums that each processor hands on to a
+    second launch. unused: bytes of its arguments that it has no need of. since: the oldest compute capability that it has a kernel for."""
 
     op: str
     name: str
@@ -57,7 +56,6 @@ class Case:
     moved: int
     operations: float = 0
     matrix: bool = False
-    donated: tuple[int, ...] = ()
     streams: bool = False
     accumulators: int = 0
     unused: int = 0
@@ -116,7 +114,6 @@ def rope_caches() -> Iterator[Case]:
             run=lambda q, k, v, cos, sin, cache, at: rope_cache(q, k, v, cos, sin, cache, rows=None, positions=at),
             args=(q, k, k, angles, angles, cache, S((1, tokens), jnp.int32)),
             moved=size(q, q, k, k, angles, angles) + written,
-            donated=(5,),
         )
 
 
@@ -306,7 +303,6 @@ def attention_blocks() -> Iterator[Case]:
             args=(x, weights, cache, angles, angles),
             moved=size(x, x, weights, cache),
             matrix=True,
-            donated=(2,),
         )
 
 

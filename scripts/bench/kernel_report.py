@@ -124,7 +124,8 @@ def drawn(case: Case) -> tuple:
 def seconds(case: Case, repeats: int = tuner.REPEATS) -> float:
     """Seconds a call on the device that is here, the median of several runs of many calls in one program."""
     operands, tree = jax.tree.flatten(drawn(case))
-    program = jax.jit(tuner.repeated(lambda *flat: case.run(*jax.tree.unflatten(tree, flat)), 1, repeats))
+    places = tuner.updates(jax.eval_shape(case.run, *case.args), case.args)
+    program = jax.jit(tuner.repeated(lambda *flat: case.run(*jax.tree.unflatten(tree, flat)), 1, repeats, places))
     return tuner.clock(program.lower(*operands).compile(), operands) / repeats
 
 

@@ -6,16 +6,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from kernel_checks import kernels
+from kernel_checks import close, kernels
 
 from pallas_kernels import tuner
 from pallas_kernels.attention import attention
+from pallas_kernels.deviceless import compile_for
 from pallas_kernels.errors import BackendError
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import rms_norm
 from pallas_kernels.qtensor import round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.registry import choose, register, unregister
+from pallas_kernels.rope_cache import rope_cache
 from pallas_kernels.target import interpreting
 from pallas_kernels.tuning import tile_for
 
@@ -99,6 +101,41 @@ def test_a_default_that_is_not_legal_is_said(task):
     wider = dataclasses.replace(task, default=dataclasses.replace(DEFAULT, rows=16))
     with pytest.raises(BackendError, match=r"its own tile .* is not legal here: twice: at most 8 rows"):
         tuner.best(wider, repeats=1)
+
+
+def turned(x, cache, at):
+    """A call that writes into a cache."""
+    return rope_cache(x, x[:, :, :1], x[:, :, :1], None, None, cache, rows=None, positions=at)
+
+
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_call_that_is_repeated_gives_its_results(rng, sets):
+    given = []
+    for first in range(sets):
+        k, v = (jnp.asarray(rng.standard_normal((1, 1, 9, 8)), jnp.float32) for _ in range(2))
+        given.append(
+            (jnp.asarray(rng.standard_normal((1, 1, 2, 8)), jnp.float32), LayerCache(k=k, v=v), jnp.full((1, 1), first))
+        )
+    tree = jax.tree.structure(given[0])
+    places = tuner.updates(jax.eval_shape(turned, *given[0]), given[0])
+    assert places == {1: 1, 2: 2} and tuner.updates((given[0][0],), given[0]) == {}
+    run = tuner.repeated(lambda *a: turned(*jax.tree.unflatten(tree, a)), sets, 3, places)
+    found = jax.jit(run)(*(a for one in given for a in jax.tree.leaves(one)))
+    for f, one in zip(found, given, strict=True):
+        close(f, turned(*one), 1e-7)
+
+
+@pytest.mark.aot
+def test_a_cache_that_is_written_is_not_copied_each_time():
+    """Else the time of a small write would be that of the copy of all that it does not touch."""
+    cache = jax.eval_shape(lambda: LayerCache.zeros(rows=1, kv_heads=1, tokens=1000, head_dim=64, dtype=jnp.bfloat16))
+    args = jax.ShapeDtypeStruct((1, 1, 2, 64), jnp.float32), cache, jax.ShapeDtypeStruct((1, 1), jnp.int32)
+    flat, tree = jax.tree.flatten(args)
+    call = lambda *a: turned(*jax.tree.unflatten(tree, a))
+    places = tuner.updates(jax.eval_shape(turned, *args), args)
+    loops = [compile_for("h100", tuner.repeated(call, 1, 50, p), *flat).launches for p in (places, {})]
+    kept, copied = (launches[launches.index("kWhile") :].count("kCopy") for launches in loops)
+    assert copied == kept + 2  # keys and values
 
 
 def test_a_clock_takes_the_median(monkeypatch):
