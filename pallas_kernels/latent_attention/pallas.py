@@ -2,8 +2,13 @@
 
 A step of the cache is read once for all heads of a block, and serves as keys and as values. The tokens that a sequence sees are split over
 blocks, and a second launch weighs their partial sums. These are what the processors' accumulators hold: `queries` rows of a latent vector
-for each block that runs. Fewer splits, or fewer heads a block, would make them less, and leave processors without work, or have the cache
-asked for by more blocks, which costs more. They are written as bfloat16 where the cache has no more bits, and read again at once.
+for each block that runs. They are written as bfloat16 where the cache has no more bits, and read again at once, from the L2.
+
+How many bytes they are depends on the processors and not on the cache: 4.2 MB on an H100 for DeepSeek-V3, 45 % of the cache of one
+sequence of 8192 tokens, 2.8 % of sixteen's, and less than 5 % of one's from 74,000 tokens on. To be 5 % of the first they would have to
+come from 28 blocks of 16 heads, the fewest that tensor cores multiply, and 104 of 132 processors would do nothing. Blocks of 16 heads
+make them half, and ask the L2 for the cache 8 times instead of 4: 76 MB in place of 38. Clusters, whose blocks could add up theirs in each
+other's shared memory, are not in Triton through Pallas, whose parameters are warps and stages.
 """
 
 import dataclasses
