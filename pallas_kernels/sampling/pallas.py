@@ -1,4 +1,5 @@
-"""The choice of a token in two launches, for NVIDIA GPUs through Pallas and Triton: the logits are read once.
+"""The choice of a token in two launches, for NVIDIA GPUs through Pallas and Triton: without top-k, top-p and min-p, whose launches are in
+`pallas_threshold`, the logits are read once.
 
 Blocks of a row draw their noise and keep their best token; a second launch compares the blocks.
 """
@@ -14,8 +15,8 @@ from jax.experimental.pallas import triton
 
 from pallas_kernels.kernel_math import masked_slice, power_of_two
 from pallas_kernels.launch import gpu_refusal, launch
+from pallas_kernels.sampling.pallas_threshold import least_kept
 from pallas_kernels.sampling.random import gumbel
-from pallas_kernels.sampling.reference import kept_from
 from pallas_kernels.tuning import tile_for
 
 LAST_ID = 2**31 - 1
@@ -45,9 +46,14 @@ def sample(logits, *, temperature, top_k, top_p, min_p, seeds, steps, shards):
     sampled = temperature > 0
 
     def threshold():
-        z = logits / jnp.where(sampled, temperature, 1)[:, None]
-        largest = shards.max(jnp.max(z, -1))
-        return kept_from(z, largest, jnp.where(sampled, top_k, 0), jnp.where(sampled, top_p, 1), min_p, shards)
+        return least_kept(
+            logits,
+            temperature=jnp.where(sampled, temperature, 1),
+            top_k=jnp.where(sampled, top_k, 0),
+            top_p=jnp.where(sampled, top_p, 1),
+            min_p=min_p,
+            shards=shards,
+        )
 
     # without top_k, top_p and min_p, or without a sampled row, the logits are read once
     cut = jnp.any(sampled & ((top_k > 0) | (top_p < 1) | (min_p > 0)))
@@ -91,10 +97,9 @@ def _best_of_block(*refs, names, vocab, tokens):
         temperature = ref["temperature"][b]
 
         def noisy(z):
-            z = z / temperature
             one = lambda name: ref[name][pl.ds(b, 1)]
             noise = gumbel(one("seeds"), one("steps"), ids + ref["offset"][0]).reshape(tokens)
-            return jnp.where(z < ref["least"][b], -jnp.inf, z + noise)
+            return jnp.where(z < ref["least"][b], -jnp.inf, z / temperature + noise)
 
         z = lax.cond(temperature > 0, noisy, lambda z: z, z)
     best, largest = _best(z, jnp.where(inside, ids, LAST_ID))

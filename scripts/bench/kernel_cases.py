@@ -225,6 +225,16 @@ def samplings() -> Iterator[Case]:
         )
         args = (logits, row(jnp.float32), row(jnp.uint32), row(jnp.int32))
         yield Case(op="sample", name=f"llama_3_1_8b, {rows} rows, temperature", run=run, args=args, moved=size(logits))
+        cut = lambda z, t, seeds, steps: sample(
+            z,
+            temperature=t + 1,
+            top_k=jnp.full_like(steps, 50),
+            top_p=jnp.full_like(t, 0.9),
+            min_p=jnp.zeros_like(t),
+            seeds=seeds,
+            steps=steps,
+        )
+        yield Case(op="sample", name=f"llama_3_1_8b, {rows} rows, top-k and top-p", run=cut, args=args, moved=size(logits))
 
 
 FORMS: dict[str, dict] = {
