@@ -14,12 +14,17 @@ namespace ffi = xla::ffi;
 using Integers = ffi::Span<const int64_t>;
 using Numbers = ffi::Span<const float>;
 
-// Collects the first thing that is wrong.
+// Collects the first thing that is wrong. Every call makes dozens of checks, sixty calls a token: a message that is put together
+// comes as a function, and no string is made for one that holds.
 struct Check {
   std::string problem;
   bool ok() const { return problem.empty(); }
-  void require(bool condition, const std::string& what) {
+  void require(bool condition, const char* what) {
     if (!condition && problem.empty()) problem = what;
+  }
+  template <class What>
+  void require(bool condition, const What& what) {
+    if (!condition && problem.empty()) problem = what();
   }
   ffi::Error error(const char* op) const { return ffi::Error::InvalidArgument(std::string("jaxinfer ") + op + ": " + problem); }
 };
@@ -48,15 +53,16 @@ struct Array {
     if (!given()) return;
     bool same = type == type_ && dims.size() == shape.size();
     if (same) same = std::memcmp(dims.begin(), shape.begin(), shape.size() * sizeof(int64_t)) == 0;
-    check.require(same, std::string(name) + " has the wrong dtype or shape " + written(dims) + ", expected " +
-                            written(ffi::Span<const int64_t>(shape.begin(), shape.size())));
+    check.require(same, [&] {
+      return std::string(name) + " has the wrong dtype or shape " + written(dims) + ", expected " + written(ffi::Span<const int64_t>(shape.begin(), shape.size()));
+    });
   }
 };
 
 Array argument(Check& check, const ffi::RemainingArgs& args, size_t i, const char* name) {
   const auto buffer = args.get<ffi::AnyBuffer>(i);
   if (buffer.has_error()) {
-    check.require(false, std::string("operand ") + name + " is missing");
+    check.require(false, [&] { return std::string("operand ") + name + " is missing"; });
     return Array{name, ffi::DataType::INVALID, {}, nullptr, 0};
   }
   return Array{name, buffer->element_type(), buffer->dimensions(), buffer->untyped_data(), static_cast<int64_t>(buffer->element_count())};
@@ -132,7 +138,7 @@ const Kernels* kernels(Check& check, int64_t level) {
   const Kernels* const* usable = usable_kernels();
   for (int64_t i = 0; usable[i]; ++i)
     if (i == level) return usable[i];
-  check.require(false, "instruction set " + std::to_string(level) + " is not there");
+  check.require(false, [&] { return "instruction set " + std::to_string(level) + " is not there"; });
   return nullptr;
 }
 
@@ -160,18 +166,19 @@ Cache cache_of(Check& check, const Array (&in)[kCacheArrays], int64_t kv_heads, 
   const bool four = c.cell == Cell::i4;
   const int64_t width = four ? head_dim / 2 : head_dim;
   check.require(k.dims.size() == 4 && k.dims[1] == kv_heads && k.dims[3] == width && !(four && head_dim % 2),
-                "the cache must be [rows, kv heads, tokens, head_dim], got " + written(k.dims));
+                [&] { return "the cache must be [rows, kv heads, tokens, head_dim], got " + written(k.dims); });
   if (!check.ok()) return c;
   const int64_t rows = c.rows = k.dims[0], tokens = c.tokens = k.dims[2];
   in[1].check(check, k.type, {rows, kv_heads, tokens, width});
-  for (size_t i = 1; i < kCacheArrays; ++i) check.require(in[i].given() == (k.given() && i < cache_arrays(c.cell)), std::string(kCacheNames[i]) + " do not belong to the cache");
+  for (size_t i = 1; i < kCacheArrays; ++i)
+    check.require(in[i].given() == (k.given() && i < cache_arrays(c.cell)), [&] { return std::string(kCacheNames[i]) + " do not belong to the cache"; });
   c.k = k.data, c.v = in[1].data;
   if (!four) {
     for (size_t i : {2, 3}) in[i].check(check, ffi::DataType::F32, {rows, kv_heads, tokens});
     c.k_scale = in[2].as<float>(), c.v_scale = in[3].as<float>();
     return c;
   }
-  check.require(tokens % 32 == 0, "a cache of 4 bits holds whole groups of 32 tokens, got " + std::to_string(tokens));
+  check.require(tokens % 32 == 0, [&] { return "a cache of 4 bits holds whole groups of 32 tokens, got " + std::to_string(tokens); });
   for (size_t i : {2, 4}) in[i].check(check, ffi::DataType::BF16, {rows, kv_heads, tokens / 32, head_dim});
   for (size_t i : {3, 5}) in[i].check(check, ffi::DataType::BF16, {rows, kv_heads, tokens});
   in[6].check(check, ffi::DataType::BF16, {rows, kv_heads, 32, head_dim});

@@ -58,7 +58,7 @@ enum State : uint32_t {
   kIdle,
   kCalled,     // by a caller that waits for it to come
   kJoined,     // it has come
-  kGo,         // in a team of several helpers: it has its place
+  kGo,         // it has its place, where that was not certain from the start
   kDone,       // as good as idle, once its caller has seen it
   kCancelled,  // the caller has gone on without it
 };
@@ -72,8 +72,8 @@ struct Worker {
   alignas(64) void (*body)(void*, const Lane&) = nullptr;
   void* argument = nullptr;
   Lane lane;
-  bool only_helper = false;  // its place is certain when it has joined
-  alignas(64) std::atomic<bool> asleep{false};
+  bool certain = false;  // whether its place is, before it has come itself
+  alignas(64) std::atomic<bool> asleep{true};  // or not started yet
   std::mutex mutex;
   std::condition_variable wake;
   Worker* next = nullptr;  // in the list of idle ones
@@ -87,6 +87,8 @@ struct Worker {
       wake.notify_one();
     }
   }
+  // Whether it looks for work at this moment. It may fall asleep at the next, but comes when it is called.
+  bool awake() const { return !asleep.load(std::memory_order_relaxed); }
 };
 
 class Pool {
@@ -120,6 +122,7 @@ class Pool {
 };
 
 void Worker::loop(Pool& pool) {
+  asleep.store(false, std::memory_order_relaxed);
   const auto is = [&](uint32_t wanted) { return state.load(std::memory_order_acquire) == wanted; };
   for (;;) {
     const auto called = [&] { return state.load(std::memory_order_seq_cst) == kCalled || is(kCancelled); };
@@ -135,7 +138,7 @@ void Worker::loop(Pool& pool) {
       pool.give_back(this);
       continue;
     }
-    if (!only_helper) wait_for([&] { return is(kGo); });
+    if (!certain) wait_for([&] { return is(kGo); });
     body(argument, lane);
     state.store(kDone, std::memory_order_release);
   }
@@ -171,32 +174,36 @@ void run_team(int threads, int64_t products, void (*body)(void*, const Lane&), v
   Worker* workers[kMaxTeam];
   int helpers = 0;
   if (threads > 1) helpers = pool().take((threads < kMaxTeam ? threads : kMaxTeam) - 1, workers);
+  // Between the calls of a step all are awake: nobody waits to see them come, which takes as long as a tenth of a half layer.
+  bool certain = true;
+  for (int i = 0; i < helpers; ++i) certain = certain && workers[i]->awake();
   for (int i = 0; i < helpers; ++i) {
     workers[i]->body = body;
     workers[i]->argument = argument;
     workers[i]->lane = Lane{i + 1, helpers + 1, &barrier, step};
-    workers[i]->only_helper = helpers == 1;
+    workers[i]->certain = certain;
     workers[i]->call();
   }
-  const auto limit = patience(products);
-  const auto all_joined = [&] {
-    for (int i = 0; i < helpers; ++i)
-      if (workers[i]->state.load(std::memory_order_acquire) != kJoined) return false;
-    return true;
-  };
-  if (helpers == 1 ? !spin([&] { return workers[0]->state.load(std::memory_order_acquire) != kCalled; }, limit) : !spin(all_joined, limit)) {
-    int joined = 0;
-    for (int i = 0; i < helpers; ++i) {
-      uint32_t expected = kCalled;
-      if (!workers[i]->state.compare_exchange_strong(expected, kCancelled, std::memory_order_acq_rel)) workers[joined++] = workers[i];
+  if (!certain) {
+    const auto all_joined = [&] {
+      for (int i = 0; i < helpers; ++i)
+        if (workers[i]->state.load(std::memory_order_acquire) != kJoined) return false;
+      return true;
+    };
+    if (!spin(all_joined, patience(products))) {
+      int joined = 0;
+      for (int i = 0; i < helpers; ++i) {
+        uint32_t expected = kCalled;
+        if (!workers[i]->state.compare_exchange_strong(expected, kCancelled, std::memory_order_acq_rel)) workers[joined++] = workers[i];
+      }
+      helpers = joined;
     }
-    if (helpers > 1)
-      for (int i = 0; i < joined; ++i) workers[i]->lane = Lane{i + 1, joined + 1, &barrier, step};
-    helpers = joined;
+    for (int i = 0; i < helpers; ++i) {
+      workers[i]->lane = Lane{i + 1, helpers + 1, &barrier, step};
+      workers[i]->state.store(kGo, std::memory_order_release);
+    }
   }
   if (helpers == 0) return body(argument, Lane{});
-  for (int i = 0; i < helpers; ++i)
-    if (!workers[i]->only_helper) workers[i]->state.store(kGo, std::memory_order_release);
   const Lane mine{0, helpers + 1, &barrier, step};
   body(argument, mine);
   step = mine.step;

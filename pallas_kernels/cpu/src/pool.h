@@ -32,9 +32,9 @@ struct Lane {
   }
 };
 
-// body(argument, lane) on up to `threads` threads, the caller among them. Takes only workers that are idle and never waits for one,
-// so that callers on several devices cannot block each other: with all workers taken the caller runs alone. A body must not depend on
-// the size of its team. products: multiplications of the whole call, about; a caller waits the longer for workers that sleep.
+// body(argument, lane) on up to `threads` threads, the caller among them. Takes only workers that are idle, and waits for none that
+// others have, so that callers on several devices cannot block each other: with all workers taken the caller runs alone. A body must not
+// depend on the size of its team. products: multiplications of the whole call, about; a caller waits the longer for workers that sleep.
 void run_team(int threads, int64_t products, void (*body)(void*, const Lane&), void* argument);
 
 // The part [begin, end) of n items, in whole units, that falls to a thread.
