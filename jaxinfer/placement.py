@@ -179,7 +179,9 @@ def stage_speeds(mesh: Mesh) -> tuple[float, ...]:
     return tuple(speed / max(slowest) for speed in slowest) if len(set(slowest)) > 1 else ()
 
 
-def plans(config: ModelConfig, mesh: Mesh, *, speeds: Sequence[float] | None = None) -> Iterator[Plan]:
+def plans(
+    config: ModelConfig, mesh: Mesh, *, speeds: Sequence[float] | None = None, costs: Sequence[float] | None = None
+) -> Iterator[Plan]:
     """Ways to lay a model on a mesh, from the fastest to the one that takes least memory, each made when it is asked for; arguments and
     errors as of `make_plan`."""
     check_mesh(mesh)
@@ -191,7 +193,12 @@ def plans(config: ModelConfig, mesh: Mesh, *, speeds: Sequence[float] | None = N
     own = stage_speeds(mesh) if speeds is None else _relative(speeds, stages)
     batch, context = BALANCED_FOR
     shapes, context = layer_shapes(config), min(context, config.max_positions)
-    costs = [shape.decode(batch=batch, context=context).moved for shape in shapes]
+    if costs is None:
+        costs = [shape.decode(batch=batch, context=context).moved for shape in shapes]
+    elif len(costs) != config.layers or not all(0 < cost < math.inf for cost in costs):
+        raise MeshError(
+            f"costs are {list(costs)} for {config.layers} layers; give each a number above 0, such as its measured time"
+        )
     kinds = [config.kind(i) for i in range(config.layers)]
     sizes: dict[Hashable, float] = {kind: float(shapes[kinds.index(kind)].parameters) for kind in dict.fromkeys(kinds)}
     tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
@@ -217,14 +224,17 @@ def _relative(speeds: Sequence[float], stages: int) -> tuple[float, ...]:
     return tuple(float(speed) / max(speeds) for speed in speeds) if len(set(speeds)) > 1 else ()
 
 
-def make_plan(config: ModelConfig, mesh: Mesh, *, speeds: Sequence[float] | None = None) -> Plan:
-    """Layers in order over the stages, for the shortest longest stage by the bytes that a decode step moves over the speed of its devices,
-    and of such plans the one with the fewest layer slots, which every device has; what is equal goes to earlier stages.
+def make_plan(
+    config: ModelConfig, mesh: Mesh, *, speeds: Sequence[float] | None = None, costs: Sequence[float] | None = None
+) -> Plan:
+    """Layers in order over the stages, for the shortest longest stage by the costs of its layers over the speed of its devices, and of such
+    plans the one with the fewest layer slots, which every device has; what is equal goes to earlier stages.
 
-    speeds: of each stage's devices, in any unit; by default what their data sheets say. Raises MeshError for a mesh with other axes, for
-    more stages than layers, another number of speeds, and an expert axis over a model without experts.
+    speeds: of each stage's devices, in any unit; by default what their data sheets say. costs: of each layer, in any unit, such as times
+    that `jaxinfer bench --per-layer` measured; by default the bytes that a decode step moves. Raises MeshError for a mesh with other axes,
+    for more stages than layers, another number of speeds or costs, and an expert axis over a model without experts.
     """
-    return next(plans(config, mesh, speeds=speeds))
+    return next(plans(config, mesh, speeds=speeds, costs=costs))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -123,34 +124,51 @@ def stage_report(
     return StageReport(stages=tuple(found), slots=plan.slots, held=sum(slots), needed=needed, allowed=allowed)
 
 
-def stage_seconds(
+def stage_seconds(plan: Plan, mesh: Mesh, weights: DecoderWeights, *, repetitions: int = 5, **sizes: Any) -> list[float]:
+    """Median time of every stage's layers for a decode tick of `batch` sequences with `context` cached tokens, each stage by itself on its
+    own devices, while the others rest. sizes: batch, context, cache_dtype, and kernels, see EngineConfig. Raises ConfigError on a mesh of
+    several processes."""
+    ends = list(itertools.accumulate(plan.counts))
+    runs = [range(end - count, end) for count, end in zip(plan.counts, ends, strict=True)]
+    return [statistics.median(_times(plan, mesh, weights, [run], repetitions=repetitions, **sizes)[0]) for run in runs]
+
+
+def layer_seconds(plan: Plan, mesh: Mesh, weights: DecoderWeights, *, repetitions: int = 5, **sizes: Any) -> list[list[float]]:
+    """Times of every layer for a decode tick, as many as `repetitions`, each layer by itself on its stage's devices; what a call of its own
+    costs is in them. Arguments and errors as of `stage_seconds`."""
+    runs = [range(layer, layer + 1) for layer in range(plan.config.layers)]
+    return _times(plan, mesh, weights, runs, repetitions=repetitions, **sizes)
+
+
+def _times(
     plan: Plan,
     mesh: Mesh,
     weights: DecoderWeights,
+    runs: Sequence[range],
     *,
     batch: int,
     context: int,
     cache_dtype,
     kernels: str,
-    repetitions: int = 5,
-) -> list[float]:
-    """Median time of every stage's layers for a decode tick of `batch` sequences with `context` cached tokens, each stage by itself on its
-    own devices, while the others rest. kernels: see EngineConfig. Raises ConfigError on a mesh of several processes."""
+    repetitions: int,
+) -> list[list[float]]:
+    """Of each run of layers, which are of one stage, the times of its calls. The runs take turns, so that weights come from memory and not
+    from a processor's cache, as in a model."""
     if any(device.process_index != jax.process_index() for device in mesh.devices.flat):
         raise ConfigError("stages are measured one by one, and other processes have some of them; measure on one process")
     without = ("native", "pallas") if kernels == "xla" else ()
-    out = []
+    programs: dict[Any, tuple[Callable, Callable]] = {}
+    times: list[list[float]] = [[] for _ in runs]
     with using(without=without):
-        for stage in range(len(plan.counts)):
-            call = _alone(plan, mesh, weights, stage, batch=batch, context=context, cache_dtype=cache_dtype)
-            call()  # compiles
-            times = []
-            for _ in range(repetitions):
+        sizes: dict[str, Any] = {"batch": batch, "context": context, "cache_dtype": cache_dtype}
+        calls = [_alone(plan, mesh, weights, run, programs, **sizes) for run in runs]
+        for turn in range(repetitions + 1):
+            for call, own in zip(calls, times, strict=True):
                 start = time.perf_counter()
                 call()
-                times.append(time.perf_counter() - start)
-            out.append(statistics.median(times))
-    return out
+                if turn:  # the first one compiles
+                    own.append(time.perf_counter() - start)
+    return times
 
 
 def _part(config: ModelConfig, first: int, count: int) -> ModelConfig:
@@ -165,10 +183,22 @@ def _part(config: ModelConfig, first: int, count: int) -> ModelConfig:
     )
 
 
-def _alone(plan: Plan, mesh: Mesh, weights: DecoderWeights, stage: int, *, batch: int, context: int, cache_dtype):
-    """A call that runs the layers of one stage for a tick, and waits for them."""
+def _alone(
+    plan: Plan,
+    mesh: Mesh,
+    weights: DecoderWeights,
+    run: range,
+    programs: dict[Any, tuple[Callable, Callable]],
+    *,
+    batch: int,
+    context: int,
+    cache_dtype,
+) -> Callable[[], None]:
+    """A call that runs some layers of one stage for a tick, and waits for them. programs: what was made for runs that are alike."""
+    stage = next(s for s, end in enumerate(itertools.accumulate(plan.counts)) if run.start < end)
+    before = sum(plan.counts[:stage])
     devices = Mesh(mesh.devices[:, stage : stage + 1], MESH_AXES)
-    config = _part(plan.config, sum(plan.counts[:stage]), plan.counts[stage])
+    config = _part(plan.config, run.start, len(run))
     own = dataclasses.replace(
         plan,
         config=config,
@@ -185,26 +215,33 @@ def _alone(plan: Plan, mesh: Mesh, weights: DecoderWeights, stage: int, *, batch
         assert isinstance(sharding, NamedSharding)
         return jax.make_array_from_single_device_arrays(shape, NamedSharding(devices, sharding.spec), local)
 
-    layers = jax.tree.map(here, tuple(weights.layers[place] for place in plan.slot_plan.places[stage]))
+    places = plan.slot_plan.places[stage][run.start - before : run.stop - before]
+    layers = jax.tree.map(here, tuple(weights.layers[place] for place in places))
     specs = jax.tree.map(lambda a: a.sharding.spec, layers)
     rows, cached = PartitionSpec(ROW_AXES), PartitionSpec((STAGE, *ROW_AXES), TENSOR_AXES)
     sharded = functools.partial(jax.shard_map, mesh=devices, check_vma=False)
     fresh = lambda: empty_state(own, batch=batch, tokens=context, cache_dtype=cache_dtype).caches
-    kept = [jax.jit(sharded(fresh, in_specs=(), out_specs=cached))()]
 
     def tick(layers, x, caches, positions):
         order = None if len(plan.counts) == 1 else jnp.arange(x.shape[0], dtype=jnp.int32)
         local = jax.tree.map(lambda a: a[0], layers)
         return cached_layers(local, x, caches, positions, config, own.layer_spec, own.context, rows=order)
 
-    run = jax.jit(sharded(tick, in_specs=(specs, rows, cached, rows), out_specs=(rows, cached)), donate_argnums=2)
+    key = own, stage, tuple(jax.tree.leaves(specs)), jax.tree.structure(specs)
+    if key not in programs:
+        programs[key] = (
+            jax.jit(sharded(fresh, in_specs=(), out_specs=cached)),
+            jax.jit(sharded(tick, in_specs=(specs, rows, cached, rows), out_specs=(rows, cached)), donate_argnums=2),
+        )
+    empty, program = programs[key]
+    kept = [empty()]
     count = batch * row_shards(devices)
     place = lambda a: jax.device_put(a, NamedSharding(devices, rows))
     x = place(np.random.default_rng(0).standard_normal((count, 1, config.embed), np.float32))
     positions = place(np.full((count, 1), context - 1, np.int32))
 
     def call() -> None:
-        y, kept[0] = run(layers, x, kept[0], positions)
+        y, kept[0] = program(layers, x, kept[0], positions)
         jax.block_until_ready(y)
 
     return call

@@ -1,7 +1,7 @@
 """`jaxinfer bench`: how fast prefill and decode are on this machine, and how near to what its memory gives.
 
 --json gives an object of this layout; a change of it raises "format_version". A spread is {"median", "min", "max", "count"}. --start
-has another one, see jaxinfer.cli.start_up.
+and --per-layer have others, see jaxinfer.cli.start_up and jaxinfer.cli.per_layer.
 
     format_version      1
     source, platform, device_kind, devices, processor, cores, versions {name: version}, mesh {axis: size}
@@ -17,14 +17,13 @@ has another one, see jaxinfer.cli.start_up.
 import argparse
 import importlib.metadata
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from jaxinfer.cli import start_up
+from jaxinfer.cli import per_layer, start_up
 from jaxinfer.cli.options import SOURCE_HELP, add_engine, at_least_one, engine_config, load_engine, start, token_ids
-from jaxinfer.cli.output import format_bytes, paint, print_fields, print_json, short_name, work
+from jaxinfer.cli.output import format_bytes, format_spread, print_fields, print_json, print_table, short_name, work
 
 FORMAT_VERSION = 1
 
@@ -40,7 +39,8 @@ memory bandwidth that the same process measures.""",
   jaxinfer bench demo
   jaxinfer bench model-int8 --batch 1,8,32 --prompt-tokens 512,2048 --max-length 4096 --json
   jaxinfer bench path/to/hf-folder --dtype bfloat16 --tp 2 --without-layers
-  jaxinfer bench demo --start --repetitions 3""",
+  jaxinfer bench demo --start --repetitions 3
+  jaxinfer bench demo --per-layer --batch 8 --context 2048 --json""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -55,6 +55,11 @@ memory bandwidth that the same process measures.""",
     parser.add_argument(
         "--start", action="store_true", help="instead: how long fresh processes, and a second engine, take to their first token"
     )
+    parser.add_argument(
+        "--per-layer",
+        action="store_true",
+        help="instead: how long every layer takes in a decode step, which balances a pipeline",
+    )
     parser.add_argument("--start-once", action="store_true", help=argparse.SUPPRESS)  # one of these processes
     parser.add_argument("--json", action="store_true", help="one JSON object on stdout")
     add_engine(parser)
@@ -65,6 +70,8 @@ def run(args: argparse.Namespace) -> int:
     at_least_one(args, "prompt_tokens", "batch", "context", "tokens", "repetitions")
     if args.start or args.start_once:
         return start_up.once(args) if args.start_once else start_up.run(args)
+    if args.per_layer:
+        return per_layer.run(args)
     start(args)
     import dataclasses
 
@@ -221,33 +228,24 @@ def _print(facts: dict[str, Any]) -> None:
             "bandwidth": f"{bandwidth} read by this process",
         }
     )
-    rows = [[f"{e['tokens']} tokens", _cell(e["seconds"], 1e3), _cell(e["tokens_per_second"], 1, 0)] for e in facts["prefill"]]
-    _table("prefill", ["prompt", "ms", "tokens/s"], rows)
     rows = [
-        [str(e["sequences"]), _cell(e["seconds_per_step"], 1e3), _cell(e["tokens_per_second"], 1), *_reached(e)]
+        [f"{e['tokens']} tokens", format_spread(e["seconds"], 1e3), format_spread(e["tokens_per_second"], 1, 0)]
+        for e in facts["prefill"]
+    ]
+    print_table("prefill", ["prompt", "ms", "tokens/s"], rows)
+    rows = [
+        [str(e["sequences"]), format_spread(e["seconds_per_step"], 1e3), format_spread(e["tokens_per_second"], 1), *_reached(e)]
         for e in facts["decode"]
     ]
-    _table("decode", ["sequences", "ms a step", "tokens/s", "GB/s", "share"], rows)
+    print_table("decode", ["sequences", "ms a step", "tokens/s", "GB/s", "share"], rows)
     if facts["layers"]:
         rows = [
-            [e["block"], e["phase"], f"{e['sequences']} x {e['tokens']}", _cell(e["seconds"], 1e6, 0), *_reached(e)]
+            [e["block"], e["phase"], f"{e['sequences']} x {e['tokens']}", format_spread(e["seconds"], 1e6, 0), *_reached(e)]
             for e in facts["layers"]
         ]
-        _table("one layer", ["block", "phase", "tokens", "us", "GB/s", "share"], rows)
+        print_table("one layer", ["block", "phase", "tokens", "us", "GB/s", "share"], rows)
     print("median (fastest-slowest of the repetitions); GB/s of weights and cache, share of the bandwidth")
 
 
 def _reached(entry: dict[str, Any]) -> list[str]:
     return [f"{entry['bytes_per_second']['median'] / 1e9:.1f}", f"{entry['share_of_bandwidth']['median']:.0%}"]
-
-
-def _cell(spread: dict[str, float], factor: float, digits: int = 2) -> str:
-    median, least, most = (spread[key] * factor for key in ("median", "min", "max"))
-    return f"{median:.{digits}f} ({least:.{digits}f}-{most:.{digits}f})"
-
-
-def _table(title: str, heads: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
-    print(f"\n{paint(title, 'bold', sys.stdout)}")
-    for line in [heads, *rows]:
-        print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())

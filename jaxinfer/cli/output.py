@@ -58,6 +58,19 @@ def format_bytes(count: float) -> str:
     return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
 
 
+def format_spread(spread: Mapping[str, float], factor: float, digits: int = 2) -> str:
+    """The median, with the least and the most, each times a factor."""
+    median, least, most = (spread[key] * factor for key in ("median", "min", "max"))
+    return f"{median:.{digits}f} ({least:.{digits}f}-{most:.{digits}f})"
+
+
+def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(line[i]) for line in [heads, *rows]) for i in range(len(heads))]
+    print(f"\n{paint(title, 'bold', sys.stdout)}")
+    for line in [heads, *rows]:
+        print("  " + "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+
+
 def short_name(source: str) -> str:
     """The last part of a path or hub id, which leaves room on the line."""
     return Path(source).name or source

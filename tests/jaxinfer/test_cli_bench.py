@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 
+import golden_weights
 import pytest
 
 from jaxinfer import cli
+from jaxinfer.loading import open_source
 from jaxinfer.measuring import Spread, timed
+from jaxinfer.placement import make_plan
+from sharding.mesh import make_mesh
 
 SIZES = [
     "--prompt-tokens",
@@ -93,9 +97,30 @@ def test_a_mesh(folder, capsys) -> None:
     assert facts["decode"][0]["sequences"] == 4
 
 
+@pytest.mark.slow
+def test_per_layer(tmp_path, capsys) -> None:
+    """Every layer, with a window or without, on two stages: as JSON from which a pipeline is planned, and as a table."""
+    folder = golden_weights.write_case_folder(golden_weights.load_case("gemma2"), tmp_path / "gemma2")
+    sizes = ["--pp", "2", "--batch", "2", "--context", "16", "--repetitions", "2", "--max-length", "64", "--per-layer"]
+    assert cli.main(["bench", str(folder), *sizes, "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["format_version"], facts["source"], facts["context"]) == (1, str(folder), 16) and facts["mesh"]["stage"] == 2
+    found = [(e["layer"], e["stage"], e["kind"], e["window"], e["sequences"]) for e in facts["layers"]]
+    assert found == [(0, 0, "dense", 6, 2), (1, 0, "dense", None, 2), (2, 1, "dense", 6, 2)]
+    for entry in facts["layers"]:
+        check_spread(entry["seconds"])
+    times = [entry["seconds"]["median"] for entry in facts["layers"]]
+    assert make_plan(open_source(folder).config, make_mesh(stage=3), costs=times).counts == (1, 1, 1)
+    assert cli.main(["bench", str(folder), *sizes]) == 0
+    out = capsys.readouterr().out
+    assert "each layer by itself" in out and out.count("dense, window 6") == 2
+
+
 def test_what_does_not_fit_is_refused(folder, capsys) -> None:
     assert cli.main(["bench", folder, *SIZES, "--prompt-tokens", "4096"]) == 1
     assert "--prompt-tokens need 4096 tokens, inference_max_tokens is 128" in capsys.readouterr().err
+    assert cli.main(["bench", folder, *SIZES, "--per-layer", "--context", "4096"]) == 1
+    assert "--context needs 4096 tokens, inference_max_tokens is 128" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         cli.main(["bench", folder, "--batch", "0"])
     assert "--batch needs numbers of at least 1" in capsys.readouterr().err

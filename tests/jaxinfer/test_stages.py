@@ -64,6 +64,17 @@ def test_windows_decide_where_layers_go(tiny):
     assert make_plan(dataclasses.replace(config, windows=(16, 16, None, None, None)), mesh).counts == (3, 2)
 
 
+def test_measured_times_decide_where_layers_go(tiny):
+    """Of layers that are counted alike, those that took longer have fewer neighbours."""
+    config, mesh = dataclasses.replace(open_source(tiny.folder).config, layers=5), make_mesh(stage=2)
+    assert make_plan(config, mesh).counts == make_plan(config, mesh, costs=[1e-3, 1e-3, 1e-3, 2e-3, 2e-3]).counts == (3, 2)
+    assert make_plan(config, mesh, costs=[2e-3, 2e-3, 1e-3, 1e-3, 1e-3]).counts == (2, 3)
+    assert make_plan(config, mesh, costs=[9e-3, *[1e-3] * 4], speeds=[1.0, 0.9]).counts == (1, 4)
+    for wrong in ([1e-3] * 4, [*[1e-3] * 4, 0.0]):
+        with pytest.raises(errors.MeshError, match=r"costs are .* for 5 layers; give each a number above 0"):
+            make_plan(config, mesh, costs=wrong)
+
+
 @pytest.mark.slow
 def test_slower_devices_have_fewer_layers_and_jump_over_the_others_slots(tiny_decoder, greedy):
     mesh = make_mesh(stage=2)
