@@ -23,16 +23,15 @@ def make_mesh(
     tensor: int = 1,
     devices: Sequence[jax.Device] | None = None,
 ) -> Mesh:
-    """Mesh over the first data * stage * expert * tensor_hosts * tensor devices, `tensor` innermost (the fastest links).
+    """Mesh over data * stage * expert * tensor_hosts * tensor devices in their order, `tensor` innermost (the fastest links).
 
-    tensor_hosts: None divides `tensor` over hosts where it is larger than one: tensor=16 on hosts of 8 devices is tensor_hosts=2, tensor=8.
+    tensor_hosts: None keeps each run of `tensor` devices on a host, past devices that a host has left over, where there are enough; and
+    divides `tensor` over hosts where it is larger than one: tensor=16 on hosts of 8 devices is tensor_hosts=2, tensor=8.
     Raises MeshError for a size below 1 or more devices than there are, before anything is placed.
     """
     available = list(jax.devices() if devices is None else devices)
-    if tensor_hosts is None:
-        tensor_hosts = hosts_spanned(hosts_of([device.process_index for device in available]), tensor)
-        tensor = tensor // tensor_hosts if tensor_hosts > 1 else tensor
-    shape = {"data": data, "stage": stage, "expert": expert, "tensor_hosts": tensor_hosts, "tensor": tensor}
+    across = 1 if tensor_hosts is None else tensor_hosts
+    shape = {"data": data, "stage": stage, "expert": expert, "tensor_hosts": across, "tensor": tensor}
     for name, size in shape.items():
         if not isinstance(size, int) or isinstance(size, bool) or size < 1:
             raise MeshError(f"mesh axis {name} is {size!r}; give a whole number of at least 1")
@@ -42,18 +41,38 @@ def make_mesh(
         on_cpu = all(device.platform == "cpu" for device in available)
         hint = "on CPU set jax_num_cpu_devices before the first use of jax" if on_cpu else "use fewer"
         raise MeshError(f"a mesh of {sizes} needs {wanted} devices, there are {len(available)}; {hint}")
-    used = {device.process_index for device in available[:wanted]}
-    if idle := sorted({device.process_index for device in available} - used):
+    processes = {device.process_index for device in available}
+    chosen = available[:wanted]
+    if tensor_hosts is None:
+        hosts = hosts_of([device.process_index for device in available])
+        inside = runs_inside_hosts(hosts, tensor)[:wanted]
+        if len(inside) == wanted and {available[i].process_index for i in inside} == processes:
+            chosen = [available[i] for i in inside]
+        else:
+            shape["tensor_hosts"] = hosts_spanned(hosts, tensor)
+            shape["tensor"] = tensor // shape["tensor_hosts"]
+    used = {device.process_index for device in chosen}
+    if idle := sorted(processes - used):
         raise MeshError(
             f"the mesh takes {wanted} of {len(available)} devices, and process {idle[0]} would have none of them; "
             f"start {len(used)} processes, or make the mesh larger"
         )
-    return Mesh(np.array(available[:wanted]).reshape(tuple(shape.values())), MESH_AXES)
+    return Mesh(np.array(chosen).reshape(tuple(shape.values())), MESH_AXES)
 
 
 def row_shards(mesh: Mesh) -> int:
     """Over how many shards sequences are spread."""
     return math.prod(mesh.shape[axis] for axis in ROW_AXES)
+
+
+def runs_inside_hosts(hosts: Sequence[int], tensor: int) -> list[int]:
+    """Places of the devices that are in runs of `tensor` neighbours of one host, given the host of every device; those that a host has left
+    over, at its end, are not among them."""
+    places: list[int] = []
+    for _, group in itertools.groupby(range(len(hosts)), key=hosts.__getitem__):
+        own = list(group)
+        places += own[: len(own) // tensor * tensor]
+    return places
 
 
 def hosts_spanned(hosts: Sequence[int], tensor: Any) -> int:

@@ -275,3 +275,19 @@ def test_a_mesh_from_the_hosts():
     assert hosts_spanned([0, 0, 1, 1, 1, 1, 1, 1], 4) == 1  # two and two, then four of one
     assert hosts_spanned([0, 1, 0, 1], 4) == 1  # not one host after the other
     assert make_mesh(tensor=8).shape == {"data": 1, "stage": 1, "expert": 1, "tensor_hosts": 1, "tensor": 8}
+
+
+@pytest.mark.parametrize(
+    ("hosts", "sizes", "used", "across"),
+    [
+        ([0] * 3 + [1] * 5, {"data": 3, "tensor": 2}, [0, 1, 3, 4, 5, 6], 1),  # the third device is left over
+        ([0] * 3 + [1] * 5, {"data": 4, "tensor": 2}, [*range(8)], 1),  # all are needed: one run lies on both
+        ([0] * 4 + [1] * 4, {"tensor": 8}, [*range(8)], 2),
+        ([0] * 4 + [1] * 4, {"data": 2, "tensor": 4}, [*range(8)], 1),
+        ([0] * 5 + [1] * 3, {"tensor": 8}, [*range(8)], 1),  # unequal parts have no layers
+    ],
+)
+def test_runs_of_tensor_shards_stay_on_a_host(monkeypatch, hosts, sizes, used, across):
+    monkeypatch.setattr("sharding.mesh.hosts_of", lambda processes: hosts)
+    mesh = make_mesh(**sizes)
+    assert [device.id for device in mesh.devices.flat] == used and mesh.shape["tensor_hosts"] == across
