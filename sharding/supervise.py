@@ -33,7 +33,8 @@ PASSED_ON = ("JAX_", "XLA_", "NCCL_", "HF_", "TF_CPP_", PREFIX)  # variables tha
 
 @dataclasses.dataclass
 class _Rank:
-    """What is known of a rank. process: here, or the ssh that holds it. stopped: since when. aborted: jax ends it because of others."""
+    """What is known of a rank. process: here, or the ssh that holds it. stopped: since when. aborted: jax ends it because of others. lists:
+    its next lines are the numbers of ranks that it does not hear of."""
 
     index: int
     host: str
@@ -43,6 +44,7 @@ class _Rank:
     status: int | None = None
     stopped: float | None = None
     aborted: bool = False
+    lists: bool = False
     tail: collections.deque[str] = dataclasses.field(default_factory=lambda: collections.deque(maxlen=TAIL))
 
     @property
@@ -82,7 +84,8 @@ _LABELLED = re.compile(rb"^ *(\d+): ")
 _ABORTED = re.compile(r"[EF]\d{4} \S+ +\d+ (?:coordination_service|client\.h)")
 # what a process says that fails because another one has gone
 _VICTIM = re.compile(r"Connection (?:closed|reset) by peer|Gloo \S+ failed|remote process exited|another task died")
-_UNHEARD = re.compile(r"task:(\d+)")
+# tasks that are not heard of: in the line that says so, or one in each of the lines after it
+_UNHEARD, _LISTED = re.compile(r"task:(\d+)"), re.compile(r"(?:\S*task:)?(\d+)")
 _EARLY = re.compile(r"The first task at the barrier: (\d+)")
 
 
@@ -218,6 +221,11 @@ class Run:
             return
         if "heartbeat" in text:
             self._unheard += [int(n) for n in _UNHEARD.findall(text)]
+            rank.lists = text.endswith("heartbeats):")
+        elif rank.lists and (found := _LISTED.fullmatch(text)):
+            self._unheard.append(int(found[1]))
+        else:
+            rank.lists = False
         if not self._early and (found := _EARLY.search(text)):
             self._early.append(int(found[1]))
         if rank.aborted:
@@ -384,12 +392,14 @@ class Run:
             rank, status = (culprits or self._failed)[0]
             how = _how(status)
             said = [(self.ranks[n], words) for n, words in self._said if n < len(self.ranks)]
-            if rank is None and said:
+            # mpirun and srun end those that are left, and may say so of one that nobody has heard of
+            victims = said[0][0].is_victim if said else not culprits
+            if victims and unheard:
+                rank, how = unheard[0], f"the others did not hear of it for {self.job.heartbeat} s"
+            elif rank is None and said:
                 rank, words = next((pair for pair in said if not pair[0].is_victim), said[0])
                 how = words or how
-            elif rank is not None and not culprits and unheard:
-                rank, how = unheard[0], f"the others did not hear of it for {self.job.heartbeat} s"
-            elif rank is not None and not culprits and early:
+            elif victims and early:
                 rank, how = early[0], "it came to its end while the others had still to work"
         after, tail = f"{how}, {seconds:.1f} s after the start", rank.tail if rank else self._own_lines
         if rank is None and not any(each.tail for each in self.ranks):

@@ -288,6 +288,9 @@ def test_a_port_is_free():
 
 
 NOTICED = "noticed that process rank 1 with PID 5 on node a exited on"
+UNHEARD = (
+    "E1201 10:47:12.1 7 coordination_service.cc:1518] [1] {}: The following tasks are unhealthy (stopped sending heartbeats):"
+)
 SAID = [
     ("mpirun", [f"mpirun {NOTICED} signal 9 (Killed)."], r"rank 1 \(on localhost\) .*killed by SIGKILL"),
     ("mpirun", [f"prterun {NOTICED}", "signal 9 (Killed)."], "rank 1 .*killed by SIGKILL"),
@@ -302,6 +305,22 @@ SAID = [
             "srun: error: a: task 0: Aborted",
         ],
         "rank 0 .*Aborted",
+    ),
+    (
+        "srun",
+        [
+            f"0: {UNHEARD}",
+            "0: 2",
+            "0: The tasks have crashed.",
+            "srun: error: a: tasks 0-1,3: Aborted",
+            "srun: error: a: task 2: Killed",
+        ],
+        "rank 2 .*the others did not hear of it for 10 s",
+    ),
+    (
+        "mpirun",
+        [f"[1,1]<stderr>: {UNHEARD}", "[1,1]<stderr>: 3", f"prterun {NOTICED}", "signal 6 (Aborted)."],
+        "rank 3 .*the others did not hear of it for 10 s",
     ),
     ("srun", ["2: it went wrong"], "a rank, which one is not said"),
     (
