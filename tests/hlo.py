@@ -7,6 +7,7 @@ from collections.abc import Container, Iterator
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "collective-permute", "all-to-all", "collective-broadcast")
 COLLECTIVES += ("ragged-all-to-all",)
 _COPY = re.compile(r"= \(?\w+\[([\d,]*)\]\S* copy(?:-start)?\(")
+_GATHER = re.compile(r"= \(?(?:\w+\[[\d,]*\]\S* )*?\w+\[([\d,]*)\]\S*\)? all-gather(?:-start)?\(.*dimensions=\{(\d+)\}")
 _NAMED = re.compile(rf"= .*? ({'|'.join(sorted(COLLECTIVES, key=len, reverse=True))})(?:-start)?\(")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.-]+) (?:\(.*\) -> .*)?\{$")
 _LOOP = re.compile(r" while\(.*")
@@ -73,4 +74,17 @@ def copies(text: str, shapes: Container[tuple[int, ...]]) -> list[str]:
         copied = _COPY.search(line)
         if copied and tuple(int(n) for n in copied[1].split(",") if n) in shapes:
             found.append(line.strip())
+    return found
+
+
+def gathered(text: str, shapes: Container[tuple[int, ...]]) -> list[str]:
+    """Lines that gather arrays of one of these shapes, one from each device, along one of their dimensions or a new one."""
+    found = []
+    for line in text.splitlines():
+        if gather := _GATHER.search(line):
+            whole, axis = [int(n) for n in gather[1].split(",") if n], int(gather[2])
+            before, after = tuple(whole[:axis]), tuple(whole[axis + 1 :])
+            parts = {(*before, part, *after) for part in range(1, whole[axis]) if whole[axis] % part == 0}
+            if any(part in shapes for part in parts | {before + after}):
+                found.append(line.strip())
     return found

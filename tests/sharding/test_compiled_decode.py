@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
-from hlo import collectives, copies, placed_collectives
+from hlo import collectives, copies, gathered, placed_collectives
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -92,7 +92,9 @@ def check(placed: Placed, text: str, state=None, program: str = "decode", chunke
     due = expected(placed.plan.config, placed.mesh, program=program, **more)
     assert placed_collectives(text) == (due.loop.by_name(), due.outside.by_name())
     kept = () if state is None else (state.caches, state.history, state.sampling.edits)
-    assert copies(text, large_shapes(placed.weights, *kept)) == []
+    large = large_shapes(placed.weights, *kept)
+    assert copies(text, large) == []
+    assert gathered(text, {shape for shape in large if len(shape) > 1}) == []  # sums in layers are vectors
 
 
 def lowered_prefill(placed: Placed, rows: int, tokens: int = 16, chunk: int | None = None):
@@ -298,6 +300,16 @@ def test_copies_are_seen():
     assert copies(text, {(7, 5, 3)})
     assert copies(text, {(7, 5, 4)}) == []
     assert collectives(text) == {}
+
+
+def test_gathered_weights_are_seen():
+    """The check can fail: parts that are joined, and parts that are stacked."""
+    mesh, split = make_mesh(tensor=2), PartitionSpec("tensor")
+    for tiled in (False, True):
+        run = lambda w, tiled=tiled: lax.all_gather(w, "tensor", tiled=tiled)
+        text = jax.jit(jax.shard_map(run, mesh=mesh, in_specs=split, out_specs=PartitionSpec(), check_vma=False))
+        text = text.lower(jnp.ones((6, 5))).compile().as_text()
+        assert gathered(text, {(3, 5)}) and gathered(text, {(6, 5), (3, 4)}) == []
 
 
 def test_collectives_in_a_loop_and_outside_of_it_are_told_apart():
