@@ -1,11 +1,12 @@
-"""Sums over two hosts with a slow link between them: flat, in layers, and in layers with INT8 across hosts.
+"""Sums over hosts with a slow link between them: flat, in layers, and in layers with INT8 across hosts.
 
-The hosts are two network namespaces of this machine, joined by a veth pair that is limited on both ends, so it needs root (and iproute2).
-Each runs one process with several CPU devices. What crosses the link is counted by the kernel, headers and acknowledgements included.
+The hosts are network namespaces of this machine, so it needs root (and iproute2): two that are joined by a veth pair, or more of them, each
+with a veth pair to a bridge. Both ends of a pair are limited. Each host runs one process with several CPU devices. What crosses the link of
+the first host is counted by the kernel, headers and acknowledgements included.
 
 The link's share is the time that the bytes sent take at its rate, over the time of the sum. The rest is what devices do before, between
 and after, the same sums without a limit tell how much, and what the link stands idle beside that. The bucket that limits the link lets
-BURST bytes through at once after a pause, 1.3 ms' worth at 100 Mbit/s. TCP's congestion control is reno, in both namespaces: every kernel
+BURST bytes through at once after a pause, 1.3 ms' worth at 100 Mbit/s. TCP's congestion control is reno, in all namespaces: every kernel
 has it, while BBR, this machine's default or not, sends the less the longer acknowledgements wait behind what goes the other way.
 """
 
@@ -29,7 +30,7 @@ sys.path.insert(0, str(ROOT))
 from sharding.errors import LaunchError  # noqa: E402
 
 METHODS = ("flat", "layered", "int8")
-ADDRESSES = ("10.79.0.1", "10.79.0.2")
+NETWORK = "10.79.0."  # of the hosts, which are numbered from 1
 PORT = 62300
 BURST = 16384  # bytes
 
@@ -37,6 +38,7 @@ BURST = 16384  # bytes
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mbit", type=int, default=100, help="of the link, in each direction; 0 for no limit")
+    parser.add_argument("--hosts", type=int, default=2)
     parser.add_argument("--devices", type=int, default=2, help="of each host")
     parser.add_argument("--kib", type=int, default=2048, help="of float32 that every device adds")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -59,8 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each method, as process 0 measured it, also without the limit. Raises LaunchError where a process fails."""
-    rows = run_on_two_hosts(args, args.mbit)
-    unlimited = run_on_two_hosts(args, 0) if args.mbit else rows
+    rows = run_on_hosts(args, args.mbit)
+    unlimited = run_on_hosts(args, 0) if args.mbit else rows
     for row, free in zip(rows, unlimited, strict=True):
         row["of_flat_bytes"] = row["link_bytes"] / rows[0]["link_bytes"]
         row["speed_up"] = rows[0]["seconds"] / row["seconds"]
@@ -72,18 +74,28 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def run_on_two_hosts(args: argparse.Namespace, mbit: int) -> list[dict[str, Any]]:
-    with two_hosts(mbit) as (names, interfaces):
-        options = ["--worker", "--devices", args.devices, "--kib", args.kib, "--repetitions", args.repetitions]
+def run_on_hosts(args: argparse.Namespace, mbit: int) -> list[dict[str, Any]]:
+    with hosts(args.hosts, mbit) as (names, interfaces):
+        options = [
+            "--worker",
+            "--hosts",
+            args.hosts,
+            "--devices",
+            args.devices,
+            "--kib",
+            args.kib,
+            "--repetitions",
+            args.repetitions,
+        ]
         children = []
         for number, (name, interface) in enumerate(zip(names, interfaces, strict=True)):
             env = os.environ | {
                 "PYTHONPATH": str(ROOT),
                 "JAX_PLATFORMS": "cpu",
                 "JAX_NUM_CPU_DEVICES": str(args.devices),
-                "JAXINFER_PROCESSES": "2",
+                "JAXINFER_PROCESSES": str(args.hosts),
                 "JAXINFER_PROCESS": str(number),
-                "JAXINFER_COORDINATOR": f"{ADDRESSES[0]}:{PORT}",
+                "JAXINFER_COORDINATOR": f"{NETWORK}1:{PORT}",
                 "JAXINFER_HEARTBEAT": "60",
                 "BENCH_INTERFACE": interface,
             }
@@ -97,32 +109,46 @@ def run_on_two_hosts(args: argparse.Namespace, mbit: int) -> list[dict[str, Any]
 
 
 @contextlib.contextmanager
-def two_hosts(mbit: int) -> Iterator[tuple[list[str], list[str]]]:
-    """Two network namespaces that reach each other only: their names, and each one's interface."""
-    names, interfaces = ([f"{kind}{os.getpid()}{end}" for end in "ab"] for kind in ("bench", "v"))
+def hosts(count: int, mbit: int) -> Iterator[tuple[list[str], list[str]]]:
+    """Network namespaces that reach each other only: their names, and each one's interface."""
+    names = [f"bench{os.getpid()}h{number}" for number in range(1, count + 1)]
+    interfaces = [f"v{os.getpid()}h{number}" for number in range(1, count + 1)]
+    hub = f"bench{os.getpid()}"
     run = lambda *words: subprocess.run([str(word) for word in words], check=True, capture_output=True, text=True)
+    add = lambda space, link: run("tc", "-n", space, "qdisc", "add", "dev", link, "root", *limit)
+    limit = ("tbf", "rate", f"{mbit}mbit", "burst", BURST, "latency", "200ms")
     try:
         for name in names:
             run("ip", "netns", "add", name)
-        run("ip", "link", "add", interfaces[0], "type", "veth", "peer", "name", interfaces[1])
-        for name, interface, address in zip(names, interfaces, ADDRESSES, strict=True):
+        if count == 2:
+            run("ip", "link", "add", interfaces[0], "type", "veth", "peer", "name", interfaces[1])
+        else:
+            run("ip", "netns", "add", hub)
+            run("ip", "-n", hub, "link", "add", "hub", "type", "bridge")
+            run("ip", "-n", hub, "link", "set", "hub", "up")
+            for number, interface in enumerate(interfaces):
+                port = f"p{number}"
+                run("ip", "link", "add", interface, "type", "veth", "peer", "name", port, "netns", hub)
+                run("ip", "-n", hub, "link", "set", port, "master", "hub", "up")
+                if mbit:
+                    add(hub, port)
+        for number, (name, interface) in enumerate(zip(names, interfaces, strict=True), 1):
             inside = ("ip", "-n", name)
             run("ip", "link", "set", interface, "netns", name)
-            run(*inside, "addr", "add", f"{address}/24", "dev", interface)
+            run(*inside, "addr", "add", f"{NETWORK}{number}/24", "dev", interface)
             run(*inside, "link", "set", interface, "up")
             run(*inside, "link", "set", "lo", "up")
             run("ip", "netns", "exec", name, "sh", "-c", "echo reno > /proc/sys/net/ipv4/tcp_congestion_control")
             if mbit:
-                limit = ("tbf", "rate", f"{mbit}mbit", "burst", BURST, "latency", "200ms")
-                run("tc", "-n", name, "qdisc", "add", "dev", interface, "root", *limit)
+                add(name, interface)
         yield names, interfaces
     finally:
-        for name in names:
+        for name in [*names, *([hub] if count > 2 else [])]:
             subprocess.run(["ip", "netns", "del", name], capture_output=True)
 
 
 def work(args: argparse.Namespace) -> int:
-    """In each of the two processes."""
+    """In the process of each host."""
     from sharding import distributed
 
     distributed.start()
@@ -138,8 +164,8 @@ def work(args: argparse.Namespace) -> int:
     from sharding.mesh import make_mesh
     from sharding.rules import TENSOR_AXES
 
-    count, size = 2 * args.devices, args.kib * 256
-    mesh = make_mesh(tensor_hosts=2, tensor=args.devices)
+    count, size = args.hosts * args.devices, args.kib * 256
+    mesh = make_mesh(tensor_hosts=args.hosts, tensor=args.devices)
     context = ParallelContext.from_mesh(mesh)
     sums = {
         "flat": lambda x: leave(x, TENSOR_AXES),
@@ -194,8 +220,8 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
     """In Markdown."""
     link = f"{args.mbit} Mbit/s" if args.mbit else "no limit"
     lines = [
-        f"Sum of {args.kib} KiB of float32 on each of 2 hosts x {args.devices} CPU devices, {link} between the hosts, in turn, median of "
-        f"{args.repetitions}:",
+        f"Sum of {args.kib} KiB of float32 on each of {args.hosts} hosts x {args.devices} CPU devices, {link} between the hosts, in turn, "
+        f"median of {args.repetitions}:",
         "",
         "| sum | ms | to flat | KiB over the link, both ways | to flat | link alone, ms | link used | in the best turn | without limit, ms "
         "| largest error |",
