@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'HELP'
-Usage: scripts/test.sh [--slow | --full | --oracle | --all] [PYTEST ARGUMENT ...]
+Usage: scripts/test.sh [--slow | --full | --root | --oracle | --all] [PYTEST ARGUMENT ...]
 
 Makes the environment (.venv, or the folder named by JAXINFER_VENV) with what tests need, fetches the small model that some of
 them read (93 MB, once), checks format, lint and types, and runs the tests on the CPU.
@@ -12,6 +12,8 @@ them read (93 MB, once), checks format, lint and types, and runs the tests on th
   (no option)   everything that takes seconds: no slow, full, gpu, root or oracle tests
   --slow        the slow tests instead, without format, lint and types; with jax-triton (200 MB, once) where the jax is one it works with
   --full        full products instead, of what the others take one of each of
+  --root        the tests that need root instead, which start real launchers (scripts/launchers_env.sh installs them) and two hosts with a
+                slow link; what is not installed is skipped
   --oracle      the comparison with transformers on torch instead, in an environment made by scripts/oracle_env.sh, and with other
                 systems' quantisers in those of scripts/quantizers_env.sh and scripts/bench/peers_env.sh (llama.cpp)
   --all         all of these, and the root tests when run as root
@@ -28,11 +30,16 @@ case ${1:-} in
     usage
     exit 0
     ;;
-  --slow | --full | --oracle | --all)
+  --slow | --full | --root | --oracle | --all)
     mode=${1#--}
     shift
     ;;
 esac
+
+if [ "$mode" = root ] && [ "$(id -u)" != 0 ]; then
+  echo "scripts/test.sh --root: these tests need root" >&2
+  exit 1
+fi
 
 # Where there is a compiler the native kernels must build, and are tested; without one everything runs on XLA.
 if [ -n "${CXX:-}" ] || command -v c++ g++ clang++ >/dev/null; then
@@ -67,6 +74,7 @@ fi
 case $mode in
   quick) marks="not slow and not full and not gpu and not root and not oracle" ;;
   slow | full) marks="$mode and not gpu and not root and not oracle" ;;
+  root) marks="root and not gpu and not oracle" ;;
   oracle) marks="oracle" ;;
   all) if [ "$(id -u)" = 0 ]; then marks="not gpu"; else marks="not gpu and not root"; fi ;;
 esac
@@ -91,6 +99,7 @@ workers=${JAXINFER_TEST_WORKERS:-$("$JAXINFER_PYTHON" -c '
 import os
 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 print(max(1, min(4, len(os.sched_getaffinity(0)), memory // 4_000_000_000)))')}
+[ "$mode" != root ] || workers=1 # they start many processes each, and measure how fast these end
 parallel=()
 [ "$workers" = 1 ] || parallel=(-n "$workers" --dist loadfile)
 exec "$JAXINFER_PYTHON" -m pytest "${parallel[@]}" -m "$marks" "$@"
