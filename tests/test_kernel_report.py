@@ -58,6 +58,21 @@ def test_a_report(report, capsys):
     assert "the device here is a cpu, not a GPU" in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_hoppers_own_kernels_have_rows(report):
+    case = next(case for case in report.cases() if case.name == "llama_3_1_8b.down, int8, 2048 rows")
+    others = [c for c in report.cases() if c.op == "rms_norm" or c.name == "llama_3_1_8b.down, int8, 16 rows"]
+    assert [report.takes(c, "mosaic", "h100") for c in (case, *others)] == [True, False, False, False]
+    row = report.compiled(case, "h100", "mosaic")
+    (kernel,) = row["kernels"]
+    assert row["case"] == f"{case.name}, through Mosaic" and row["problems"] == []
+    assert (
+        kernel["tensor_cores"].startswith("wgmma")
+        and kernel["spilled"] == 0
+        and 100_000 < kernel["shared"] < GPUS["h100"].shared
+    )
+
+
 def test_what_cannot_be_derived_is_a_problem(report, monkeypatch):
     def reads(*_, **__):
         raise report.NotDerivable("a view of a view")

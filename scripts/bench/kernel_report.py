@@ -6,7 +6,8 @@
 
 Needs jax-cuda13-plugin, jax-cuda13-pjrt and CUDA's ptxas. Per case: the launches of the program; of its kernels the most registers a
 thread, the bytes spilled and of shared memory, the least part of a processor's warps that fit at once, the widest global load of a thread,
-the tensor-core instruction; and the floor: the time that its bytes or operations take at the data sheet's peak. For what is bound by
+the tensor-core instruction; and the floor: the time that its bytes or operations take at the data sheet's peak. Hopper's kernels through
+Mosaic, which are taken by name only, have rows of their own; they copy without a thread's load. For what is bound by
 reading its arguments: the bytes that the kernels read from device memory, in sectors of 32, and what their loads ask for, of which caches
 give the rest; apart, the bytes that an earlier launch of the same program wrote, which are still in the L2. --output writes kernels.txt
 and kernels.json, where rows of other GPUs and cases stay. Nothing is run: speed, races and numbers do
@@ -16,13 +17,19 @@ implementations and torch take. --dry-run goes the same way with what is small, 
 
 import argparse
 import contextlib
+import dataclasses
 import datetime
 import functools
+import itertools
 import json
 import math
+import os
+import re
 import subprocess
 import sys
+import tempfile
 import time
+import unittest.mock
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -35,13 +42,17 @@ from kernel_loads import NotDerivable, Reads, reads
 from kernel_peers import beside, torch_seconds
 
 from pallas_kernels import tuner
-from pallas_kernels.deviceless import Kernel, compile_for, is_ours, ptxas
+from pallas_kernels.deviceless import Kernel, compile_for, is_ours, kernels_of, lower_for, ptxas
+from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import GPUS, KNOWN, Gpu
+from pallas_kernels.registry import using
 from pallas_kernels.target import interpreting
 
 WARPS = 64  # that a processor holds
 REGISTERS = 65536  # of a processor
 SMALLEST = 600_000  # bytes of arguments that a dry run stops at
+THROUGH_MOSAIC = ", through Mosaic"  # in the names of rows
+HOPPER = (9, 0)
 MOST_READ = 1.05  # of the arguments
 MOST_OF_L2 = 0.5  # that what is handed on may take, to be there still when it is read
 
@@ -71,16 +82,40 @@ def reads_of(op: str, name: str, device_kind: str) -> Reads | str | None:
         return str(error)
 
 
-def compiled(case: Case, name: str) -> dict:
-    """A row of the report."""
+def takes(case: Case, implementation: str, name: str) -> bool:
+    """Whether an implementation that is not chosen by itself has a kernel for a case."""
+    try:
+        with using({case.op: implementation}):
+            lower_for(name, case.run, *case.args)
+        return True
+    except BackendError:  # or there is none of that name
+        return False
+
+
+def mosaic_kernels(folder: str) -> list[Kernel]:
+    """What ptxas says of the kernels that Mosaic GPU has written to a folder; XLA holds their code and does not look."""
+    found = []
+    for ptx in sorted(Path(folder).glob("*.ptx")):
+        shared = re.search(r"smem_scratch_bytes=(\d+)", ptx.with_suffix(".resources.txt").read_text())
+        found += [dataclasses.replace(k, shared=int(shared[1]) if shared else k.shared) for k in kernels_of(ptx.read_text())]
+    return found
+
+
+def compiled(case: Case, name: str, implementation: str | None = None) -> dict:
+    """A row of the report, of the kernel that is chosen by itself or of "mosaic"."""
     gpu = KNOWN[name]
-    row = {"gpu": name, "op": case.op, "case": case.name, "moved_bytes": case.moved, "operations": case.operations}
+    title = case.name if implementation is None else f"{case.name}{THROUGH_MOSAIC}"
+    row = {"gpu": name, "op": case.op, "case": title, "moved_bytes": case.moved, "operations": case.operations}
     row["floor_us"] = round(floor(case, gpu) * 1e6, 3)
-    found = compile_for(name, case.run, *case.args)
-    own = [k for k in found.kernels if is_ours(k)]
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if implementation is not None:
+            stack.enter_context(using({case.op: implementation}))
+            stack.enter_context(unittest.mock.patch.dict(os.environ, {"MOSAIC_GPU_DUMP_TO": folder}))
+        found = compile_for(name, case.run, *case.args)
+        own = [k for k in found.kernels if is_ours(k)] + mosaic_kernels(folder)
     row["launches"] = [launch for launch in found.launches if launch != "kCopy"]
     row["kernels"] = [vars(k) | {"occupancy": round(occupancy(k, gpu), 4)} for k in own]
-    read = reads_of(case.op, case.name, gpu.device_kind)
+    read = reads_of(case.op, case.name, gpu.device_kind) if implementation is None else None
     if isinstance(read, Reads):
         row |= {"argument_bytes": size(case.args) - case.unused, "read_bytes": read.unique, "issued_bytes": read.issued}
         row["handed_on_bytes"] = read.handed_on
@@ -187,7 +222,8 @@ def write(rows: list[dict], folder: Path) -> None:
     key = lambda row: (row["op"], row["case"], row["gpu"])
     known = {key(row): row for row in json.loads(path.read_text())["rows"]} if path.is_file() else {}
     known |= {key(row): row for row in rows}
-    order = {(case.op, case.name, name): i for i, (case, name) in enumerate((c, n) for c in cases() for n in KNOWN)}
+    titles = [(case.op, title) for case in cases() for title in (case.name, f"{case.name}{THROUGH_MOSAIC}")]
+    order = {(*title, name): i for i, (title, name) in enumerate(itertools.product(titles, KNOWN))}
     kept = sorted((row for k, row in known.items() if k in order), key=lambda row: order[key(row)])
     facts = {"card": "deviceless", "date": datetime.date.today().isoformat(), "versions": versions()}
     folder.mkdir(parents=True, exist_ok=True)
@@ -259,10 +295,12 @@ def main(arguments: list[str] | None = None) -> int:
             for name in args.gpus.split(","):
                 if KNOWN[name].capability < case.since:
                     continue
-                row = compiled(case, name)
-                rows.append(row)
-                failed += bool(row["problems"])
-                print(in_words(row), file=sys.stderr if args.json else sys.stdout, flush=True)
+                named = [None] + ["mosaic"] * (KNOWN[name].capability == HOPPER and takes(case, "mosaic", name))
+                for implementation in named:
+                    row = compiled(case, name, implementation)
+                    rows.append(row)
+                    failed += bool(row["problems"])
+                    print(in_words(row), file=sys.stderr if args.json else sys.stdout, flush=True)
     if args.json:
         print(json.dumps(rows))
     if args.output and not args.measure:
