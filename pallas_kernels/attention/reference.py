@@ -18,7 +18,7 @@ def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms, out_
         own = own.floats(jnp.max(at, 1))
     K, S = own.k.shape[1:3]
     # [B, K, G*T, H]: the query heads of a group share one read of its keys
-    grouped = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).swapaxes(2, 3).reshape(B, K, -1, H)
+    grouped = jnp.swapaxes(q.reshape(B, T, K, N // K, H), 1, 2).swapaxes(2, 3).reshape(B, K, N // K * T, H)
     scores = _dot("bkqh,bksh->bkqs", grouped * scale, own.k)
     if own.k_scale is not None:
         scores = scores * own.k_scale[:, :, None]
@@ -42,7 +42,7 @@ def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms, out_
     total = jnp.sum(weights, -1, keepdims=True)
     if terms.sinks is not None:
         total = total + jnp.exp(sinks - largest)
-    weights, total = (a.reshape(B, K, -1, a.shape[-1]) for a in (weights, total))
+    weights, total = (a.reshape(B, K, N // K * T, a.shape[-1]) for a in (weights, total))
     if own.v_scale is not None:
         weights = weights * own.v_scale[:, :, None]
     out = _dot("bkqs,bksh->bkqh", weights, own.v) / total  # H divisions a head and not S

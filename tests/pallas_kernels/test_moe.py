@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from kernel_checks import GPU_NAMES, close, compiled, kernels
 
+from pallas_kernels import tuner
 from pallas_kernels.deviceless import compile_for
 from pallas_kernels.errors import ShapeError
 from pallas_kernels.gpus import GPUS
@@ -13,6 +14,8 @@ from pallas_kernels.kernel_math import power_of_two
 from pallas_kernels.moe import Routing, grouped_matmul, in_order, moe, route, sort_tokens
 from pallas_kernels.moe.specs import SPECS
 from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize, round_to_nearest
+from pallas_kernels.quant_matmul.tiles import rows_of_expert
+from pallas_kernels.target import interpreting
 from pallas_kernels.tuning import tiles
 
 FORMS = {
@@ -224,6 +227,32 @@ def test_wrong_arguments_are_refused():
     ):
         with pytest.raises(ShapeError, match=reason):
             route(jnp.ones((2, 8)), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("rows", "experts", "wanted"), [(8, 128, 1), (64, 256, 1), (128, 128, 2), (32, 8, 8), (2, 8, 1), (120, 8, 16), (136, 8, 17)]
+)
+def test_rows_that_a_program_has_of_an_expert(rows, experts, wanted):
+    assert rows_of_expert(rows, experts) == wanted
+
+
+def test_what_a_tuner_runs_them_on(rng):
+    """Rows spread over the experts, each a token that there is."""
+    x, w = jax.ShapeDtypeStruct((6, 64), jnp.float32), jax.ShapeDtypeStruct((5, 32, 64), jnp.bfloat16)
+
+    def trace(x, w, experts, logits):
+        sorted_ = sort_tokens(experts, 5)
+        return grouped_matmul(x, w, sorted_.sizes, rows=sorted_.tokens), route(logits, experts_per_token=2)
+
+    more = jax.ShapeDtypeStruct((6, 2), jnp.int32), jax.ShapeDtypeStruct((6, 5), jnp.float32)
+    with interpreting():
+        tasks = {task.op: task.call for task in tuner.record(lambda: jax.eval_shape(trace, x, w, *more))}
+    assert set(tasks) == {"sort_tokens", "quant_matmul", "route"}
+    (experts,) = tasks["sort_tokens"].arrays(rng)
+    assert experts.shape == (6, 2) and int(experts.min()) >= 0 and int(experts.max()) < 5
+    *_, sizes, rows = tasks["quant_matmul"].arrays(rng)
+    assert int(sizes.sum()) == rows.size == 12 and int(sizes.max()) - int(sizes.min()) <= 1
+    assert sorted(set(rows.tolist())) == list(range(6))
 
 
 @pytest.mark.aot
