@@ -20,7 +20,10 @@ from jaxinfer.config import EngineConfig, QuantizationConfig
 from jaxinfer.engine import SCORE_ROWS
 from jaxinfer.errors import BackendError, ConfigError
 from pallas_kernels import tuner, tuning
-from pallas_kernels.deviceless import topology_mesh
+from pallas_kernels.cases import cases
+from pallas_kernels.deviceless import topology_mesh, trace_for
+from pallas_kernels.gpus import KNOWN
+from pallas_kernels.gpus import capability as gpu_capability
 from pallas_kernels.launch import gpu_refusal
 from pallas_kernels.target import Target
 from pallas_kernels.tuner import Candidate, Task, Timer
@@ -62,8 +65,9 @@ def tasks(
     """The tiles that an engine's programs ask for.
 
     model: see `init_inference`; None takes Llama-3.1-8B's shapes, with bfloat16, INT8 and INT4 weights unless the config says which. gpu: a
-    GPU that is not here, one of `gpus.KNOWN`; else those that are. ops: only tiles of these operations, or of tiles by these names. Raises
-    ConfigError for one that does not occur, and what `init_inference` raises before it reads weights.
+    GPU that is not here, one of `gpus.KNOWN`; else those that are. ops: only tiles of these operations, or of tiles by these names; those
+    that the programs have none of as in `pallas_kernels.cases`. Raises ConfigError for one that does not occur there either, and what
+    `init_inference` raises before it reads weights.
     """
     devices = None if gpu is None else list(topology_mesh(gpu, (config.engine.devices,), ("x",)).devices)
 
@@ -76,13 +80,26 @@ def tasks(
                 engine = open_model(source, form, devices=devices).engine()
                 engine.walk(lambda need: None).traffic(traffic, score_rows=SCORE_ROWS)
 
+    names = lambda tasks: {name for task in tasks for name in (task.op, task.call.implementation.op)}
     found = tuner.record(trace)
-    known = sorted({name for task in found for name in (task.op, task.call.implementation.op)})
-    if unknown := sorted(set(ops) - set(known)):
-        raise ConfigError(
-            f"{', '.join(unknown)}: no tile of that operation is asked for; there are {', '.join(known) or 'none'}"
-        )
-    return [task for task in found if not ops or {task.op, task.call.implementation.op} & set(ops)]
+    if others := set(ops) - names(found):
+        more = tuner.record(lambda: _trace_cases(gpu))
+        if unknown := sorted(others - names(more)):
+            known = ", ".join(sorted(names(found) | names(more)))
+            raise ConfigError(f"{', '.join(unknown)}: no tile of that operation is asked for; there are {known or 'none'}")
+        found += [task for task in more if names([task]) & others]
+    return [task for task in found if not ops or names([task]) & set(ops)]
+
+
+def _trace_cases(gpu: str | None) -> None:
+    """Operations at the sizes of real models, as far as the GPU has kernels for them. gpu: one that is not here, else the one that is."""
+    capability = KNOWN[gpu].capability if gpu else gpu_capability(jax.local_devices()[0].device_kind)
+    for case in cases():
+        if capability is not None and capability >= case.since:
+            if gpu is None:
+                jax.eval_shape(lambda *args, case=case: case.run(*args), *case.args)
+            else:
+                trace_for(gpu, case.run, *case.args)
 
 
 @contextlib.contextmanager

@@ -97,6 +97,11 @@ def topology_mesh(name: str, shape: tuple[int, ...], names: tuple[str, ...], *, 
 
 def lower_for(name: str, function: Callable[..., Any], *args: Any) -> Any:
     """`function` lowered for one GPU. args: trees of jax.ShapeDtypeStruct."""
+    return trace_for(name, function, *args, then=lambda traced: traced.lower())
+
+
+def trace_for(name: str, function: Callable[..., Any], *args: Any, then: Callable[[Any], Any] = lambda traced: traced) -> Any:
+    """`then` of `function` traced for one GPU. args: as of `lower_for`."""
     gpu = _gpu(name)
     (device,) = topology_mesh(name, (1,), ("x",)).devices
     place = lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=SingleDeviceSharding(device))
@@ -104,7 +109,7 @@ def lower_for(name: str, function: Callable[..., Any], *args: Any) -> Any:
     # a function of its own, since jax's cache of traces does not know the abstract device
     fresh = jax.jit(lambda *a: function(*a))
     with use_abstract_mesh(AbstractMesh((), (), abstract_device=abstract)):
-        return fresh.trace(*jax.tree.map(place, args)).lower()
+        return then(fresh.trace(*jax.tree.map(place, args)))
 
 
 def compile_for(name: str, function: Callable[..., Any], *args: Any) -> Compiled:

@@ -60,6 +60,8 @@ class Call:
         """Operands as in use: a full cache, rows spread over all experts, random numbers."""
         named = list(zip(self.paths, self.leaves, strict=True))
         keys = [leaf.shape[2] for path, leaf in named if path.endswith(".k") and len(getattr(leaf, "shape", ())) == 4]
+        if self.implementation.op == "latent_attention":
+            keys = [leaf.shape[1] for path, leaf in named if path == "[0][1]"]
         return tuple(
             _filled(path, leaf, keys[0] if keys else 1, self, rng)
             for path, leaf in named

@@ -19,14 +19,21 @@ it beats the heuristic's and gives the same results. What was measured stays whe
   jaxinfer tune
   jaxinfer tune --model path/to/hf-folder --dtype bfloat16 --quantize w4a16-g128 --batch 1,8
   jaxinfer tune --op quant_matmul --op attention --json
-  jaxinfer tune --op quant_matmul --compile-only h100""",
+  jaxinfer tune --op quant_matmul --compile-only h100
+  jaxinfer tune --op triangle_attention --op latent_attention""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(
         "--model", metavar="SOURCE", help=SOURCE_HELP + "; by default the shapes of Llama-3.1-8B in bfloat16, INT8 and INT4"
     )
-    parser.add_argument("--op", metavar="NAME", action="append", default=[], help="only tiles of this operation; repeatable")
+    parser.add_argument(
+        "--op",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="only tiles of this operation; repeatable; one that the model has none of at the sizes of other models",
+    )
     add = {"type": token_ids, "metavar": "N,N,..."}
     parser.add_argument("--prompt-tokens", default=[128, 1024], **add, help="prompts, each padded to a power of two (128,1024)")
     parser.add_argument("--new-tokens", default=[128], **add, help="what requests set max_tokens to (128)")

@@ -11,8 +11,8 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax.extend.core import jaxprs_in_params
-from kernel_cases import Case
 
+from pallas_kernels.cases import Case
 from pallas_kernels.errors import BackendError
 from pallas_kernels.registry import using
 

@@ -37,11 +37,11 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from kernel_cases import Case, cases, size
 from kernel_loads import NotDerivable, Reads, reads
 from kernel_peers import beside, torch_seconds
 
 from pallas_kernels import tuner
+from pallas_kernels.cases import Case, cases, size
 from pallas_kernels.deviceless import Kernel, compile_for, is_ours, kernels_of, lower_for, ptxas
 from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import GPUS, KNOWN, Gpu

@@ -18,10 +18,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from kernel_cases import weight
 from kernel_report import occupancy, versions
 
 from pallas_kernels import tuning
+from pallas_kernels.cases import weight
 from pallas_kernels.deviceless import compile_for
 from pallas_kernels.gpus import KNOWN, Gpu
 from pallas_kernels.quant_matmul import quant_matmul

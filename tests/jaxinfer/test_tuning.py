@@ -12,7 +12,7 @@ from jaxinfer.errors import BackendError, ConfigError
 from pallas_kernels.target import interpreting
 from pallas_kernels.tuning import forget, tile_for, user_folder
 
-TRAFFIC = Traffic(prompt_tokens=(16,), new_tokens=(8,), scores=False)
+TRAFFIC = Traffic(prompt_tokens=(32,), new_tokens=(8,), scores=False)
 
 
 @pytest.fixture
@@ -26,12 +26,14 @@ def here(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_tiles_of_a_model_are_measured_and_taken(tiny, here, monkeypatch):
-    config = EngineConfig.load({"inference_max_tokens": 32, "micro_batch_size": 1, "dtype": "bfloat16"})
+    config = EngineConfig.load({"inference_max_tokens": 64, "micro_batch_size": 1, "dtype": "bfloat16"})
     tasks = tuning.tasks(tiny.folder, config, TRAFFIC, gpu="h100")
     assert {"norm", "quant_matmul", "attention", "rope_cache"} <= {task.op for task in tasks}
     assert len({(task.op, *task.key.items()) for task in tasks}) == len(tasks)
     norms = tuning.tasks(tiny.folder, config, TRAFFIC, ops=["norm"], gpu="h100")
     assert norms and {task.op for task in norms} == {"norm"}
+    pairs = tuning.tasks(tiny.folder, config, TRAFFIC, ops=["softmax", "route"], gpu="h100")  # which this model has none of
+    assert {task.op for task in pairs} == {"softmax", "route"}
     with pytest.raises(ConfigError, match=r"convolution: no tile of that operation is asked for; there are .*quant_matmul"):
         tuning.tasks(tiny.folder, config, TRAFFIC, ops=["convolution"], gpu="h100")
 
@@ -62,7 +64,7 @@ def test_what_the_command_refuses(capsys):
 
 @pytest.mark.slow
 def test_the_shapes_of_llama_without_a_gpu(here, capsys):
-    arguments = ["--op", "norm", "--dtype", "bfloat16", "--prompt-tokens", "16"]
+    arguments = ["--op", "norm", "--dtype", "bfloat16", "--prompt-tokens", "32"]
     assert cli.main(["tune", *arguments, "--compile-only", "a100", "--json"]) == 0
     (found,) = json.loads(capsys.readouterr().out)
     assert found["key"]["width"] == 4096 and found["candidates"][0]["tile"] == found["default"]

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from kernel_checks import GPU_NAMES, close, compiled, kernels
 
+from pallas_kernels import tuner
 from pallas_kernels.errors import BackendError, ShapeError
 from pallas_kernels.latent_attention import latent_attention
 from pallas_kernels.latent_attention.specs import SPECS
+from pallas_kernels.target import interpreting
 from pallas_kernels.tuning import tiles
 
 S = jax.ShapeDtypeStruct
@@ -100,6 +102,15 @@ def test_gradient(rng):
     with kernels():
         found = jax.jit(jax.grad(functools.partial(loss, "pallas"), (0, 1)))(q, cache)
     close(found, jax.grad(functools.partial(loss, "reference"), (0, 1))(q, cache), 1e-5)
+
+
+def test_a_tuner_runs_it_on_a_full_cache(rng):
+    q, cache, at = S((2, 1, 3, 20), jnp.float32), S((2, 64, 20), jnp.bfloat16), S((2, 1), jnp.int32)
+    run = lambda q, cache, at: latent_attention(q, cache, values=16, positions=at, scale=1.0)
+    with interpreting():
+        (task,) = tuner.record(lambda: jax.eval_shape(run, q, cache, at))
+    _, _, positions = task.call.arrays(rng)
+    assert positions.tolist() == [[63], [63]]
 
 
 def test_refusals():

@@ -18,9 +18,10 @@ CHOSEN = ("sample", "route")  # tokens and experts, of which a rounding may choo
 
 def test_cases_of_the_report(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCH))
-    from kernel_cases import cases
     from kernel_peers import KERNELS, written
     from kernel_report import drawn
+
+    from pallas_kernels.cases import cases
 
     wrong = []
     for case in cases():

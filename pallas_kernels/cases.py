@@ -1,4 +1,5 @@
-"""What the kernel report compiles and measures: operations at the sizes of real models, with what they must move and compute.
+"""What the kernel report compiles and measures, and the tuner takes for operations that a model has none of: operations at the sizes of
+real models, with what they must move and compute.
 
 A room's cases are a function of this file; its operands are jax.ShapeDtypeStruct. Bytes are unique bytes of device memory.
 """
@@ -40,7 +41,7 @@ from pallas_kernels.softmax.specs import SPECS as ROWS
 from pallas_kernels.triangle_attention import triangle_attention
 from pallas_kernels.triangle_attention.specs import SPECS as PAIRS
 
-S = jax.ShapeDtypeStruct
+S: Any = jax.ShapeDtypeStruct
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -378,9 +379,9 @@ def elementwise() -> Iterator[Case]:
     run = lambda x: activation(x, kind=spec.kind, gated=spec.gated)
     yield Case(op="activation", name="llama_3_1_8b, 2048 rows", run=run, args=(x,), moved=size(x) * 3 // 2)
     x = S((2048, spec.width), jnp.bfloat16)
-    run = lambda x: quantize_activations(x, ActivationQuant())
+    levels = lambda x: quantize_activations(x, ActivationQuant())
     yield Case(
-        op="quantize_activations", name="llama_3_1_8b, 2048 rows", run=run, args=(x,), moved=size(x) + x.size + x.size // 16
+        op="quantize_activations", name="llama_3_1_8b, 2048 rows", run=levels, args=(x,), moved=size(x) + x.size + x.size // 16
     )
     w = S((4096, 14336), jnp.bfloat16)
     yield Case(
