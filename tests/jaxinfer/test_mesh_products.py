@@ -1,6 +1,7 @@
 """Greedy ids of small random Llama, GPT-2, Gemma 2 and Mixtral models on every mesh of up to eight devices, against one device.
 
-Other tests have some of these meshes; here they are all, a few of them slow and the rest full.
+Here they are all: a few quick ones; slow ones that, with these and the Llama of test_meshes.py, have every pair of family and size and of
+two sizes; the rest full.
 """
 
 from __future__ import annotations
@@ -12,8 +13,27 @@ import pytest
 from small_families import FAMILIES, greedy_ids
 
 SIZES = [s for s in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2)) if 1 < s[0] * s[1] * s[2] <= 8]
-# Sizes that test_meshes.py has not, one for each family but Llama, which that file has.
-SLOW = {("gemma2", 1, 3, 2), ("gpt2", 3, 1, 2), ("mixtral", 2, 2, 2)}
+# family, tensor, stage, data
+QUICK = {("llama", 8, 1, 1), ("gpt2", 2, 2, 2), ("gemma2", 1, 4, 2), ("gemma2", 3, 2, 1), ("mixtral", 2, 2, 2)}
+SLOW = {
+    ("llama", 1, 4, 1),
+    *(("gpt2", *sizes) for sizes in [(1, 3, 2), (2, 4, 1), (3, 1, 1), (4, 1, 1), (8, 1, 1)]),
+    *(("gemma2", *sizes) for sizes in [(2, 3, 1), (4, 1, 2), (8, 1, 1)]),
+    *(("mixtral", *sizes) for sizes in [(1, 2, 1), (1, 3, 1), (1, 4, 1), (3, 1, 2), (4, 1, 1), (8, 1, 1)]),
+}
+# the Llama of test_meshes.py
+ELSEWHERE = {("llama", *sizes, 1) for sizes in [(3, 1), (2, 2), (2, 1), (1, 2), (4, 1), (1, 3), (3, 2), (2, 3), (4, 2)]}
+ELSEWHERE |= {("llama", *sizes, 2) for sizes in [(1, 1), (2, 1), (2, 2)]}
+
+
+def pairs(case: tuple) -> set[tuple]:
+    return set(itertools.combinations(enumerate(case), 2))
+
+
+def test_every_pair_is_tested():
+    every = [(family, *sizes) for family in FAMILIES for sizes in SIZES]
+    assert set(every) >= QUICK | SLOW
+    assert set().union(*map(pairs, every)) == set().union(*map(pairs, QUICK | SLOW | ELSEWHERE))
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +45,7 @@ def alone() -> Callable[[str], list[list[int]]]:
 @pytest.mark.parametrize(
     ("family", "tensor", "stage", "data"),
     [
-        pytest.param(*case, marks=pytest.mark.slow if case in SLOW else pytest.mark.full)
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow if case in SLOW else pytest.mark.full)
         for case in ((family, *sizes) for family in FAMILIES for sizes in SIZES)
     ],
 )
