@@ -2,9 +2,11 @@
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+import psutil
 import pytest
 
 # before any test starts the backend; a mesh takes as many as it needs
@@ -14,6 +16,7 @@ jax.config.update("jax_num_cpu_devices", 8)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+MOST_BYTES = 3 << 30  # of a process that tests, until it lets go of what it has compiled
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -29,6 +32,14 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
         jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("xla")))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_programs_go() -> Iterator[None]:
+    """A quarter of an hour of slow tests leaves gigabytes of programs that no further test runs."""
+    yield
+    if psutil.Process().memory_info().rss > MOST_BYTES:
+        jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
