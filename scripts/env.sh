@@ -8,6 +8,14 @@ JAXINFER_CACHE=${XDG_CACHE_HOME:-$HOME/.cache}/jaxinfer
 
 say() { printf '%s\n' "$*" >&2; }
 
+# no_arguments "$@" <<HELP: end with the help on stdin where it is asked for, and with status 2 at any other argument.
+no_arguments() {
+  case ${1:-} in
+    -h | --help) cat && exit 0 ;;
+    ?*) say "unknown argument $1; see --help" && exit 2 ;;
+  esac
+}
+
 # runs_as PYTHON LOWEST HIGHEST: PYTHON starts, its version X.Y lies between them, and it can make environments; print its path.
 # Only a start tells: the names of pyenv's shims exist for every version, and Debian's python3 may come without venv.
 runs_as() {

@@ -6,10 +6,9 @@ set -euo pipefail
 packages=(openmpi-bin munge slurmctld slurmd slurm-client openssh-client openssh-server iproute2)
 programs=(mpirun munged slurmctld slurmd srun ssh sshd ip tc)
 
-if [ $# -gt 0 ]; then
-  echo "Usage: scripts/launchers_env.sh    installs ${packages[*]} where one of ${programs[*]} is missing"
-  [ "$1" = --help ] && exit 0 || exit 2
-fi
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+no_arguments "$@" <<<"Usage: scripts/launchers_env.sh    installs ${packages[*]} where one of ${programs[*]} is missing"
 
 PATH=$PATH:/usr/sbin:/sbin
 missing=()
@@ -17,7 +16,7 @@ for program in "${programs[@]}"; do command -v "$program" >/dev/null || missing+
 [ ${#missing[@]} -gt 0 ] || exit 0
 
 if [ "$(id -u)" != 0 ] || ! command -v apt-get >/dev/null; then
-  echo "not here: ${missing[*]}; they are installed by root, with apt-get" >&2
+  say "not here: ${missing[*]}; they are installed by root, with apt-get"
   exit 1
 fi
 export DEBIAN_FRONTEND=noninteractive

@@ -2,24 +2,15 @@
 # The environment of the oracle that golden tests are made with: transformers on torch, apart from jaxinfer's own.
 set -euo pipefail
 
-case ${1:-} in
-  -h | --help)
-    cat <<'HELP'
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+no_arguments "$@" <<'HELP'
 Usage: scripts/oracle_env.sh
 
 Makes an environment with transformers and torch for the CPU in $XDG_CACHE_HOME/jaxinfer/oracle or ~/.cache/jaxinfer/oracle and
 prints its Python. Needs a Python 3.11, found like that of scripts/env.sh. Run again, it takes no time.
 HELP
-    exit 0
-    ;;
-  ?*)
-    echo "unknown argument $1; see --help" >&2
-    exit 2
-    ;;
-esac
 
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 folder=$JAXINFER_CACHE/oracle
 # torch exactly so, and on 3.11: PyPI has a CPU build for that; any other request brings gigabytes of CUDA packages.
 requirements=(torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 tokenizers==0.23.3 safetensors==0.8.0 gguf==0.19.0)

@@ -2,25 +2,16 @@
 # The environment of other systems' quantisers, whose checkpoints are read and which read what is exported here; apart from jaxinfer's.
 set -euo pipefail
 
-case ${1:-} in
-  -h | --help)
-    cat <<'HELP'
+# shellcheck source=scripts/env.sh
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+no_arguments "$@" <<'HELP'
 Usage: scripts/quantizers_env.sh
 
 Makes an environment in $XDG_CACHE_HOME/jaxinfer/quantizers or ~/.cache/jaxinfer/quantizers with transformers on torch for the CPU and the
 quantisers that can be had, one after the other, and prints its Python. What cannot be installed or imported is said on stderr and left
 out; the tests of it are skipped. Needs a Python 3.11, found like that of scripts/env.sh. Run again, it takes no time.
 HELP
-    exit 0
-    ;;
-  ?*)
-    echo "unknown argument $1; see --help" >&2
-    exit 2
-    ;;
-esac
 
-# shellcheck source=scripts/env.sh
-source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 folder=$JAXINFER_CACHE/quantizers
 # torch as in scripts/oracle_env.sh, for the same reason. NAME | what is imported | requirements; a later one must fit the earlier ones.
 BASE=(torch==2.13.0 numpy==2.2.6 gguf==0.19.0) # numpy as GPTQModel pins it
