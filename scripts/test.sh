@@ -101,5 +101,6 @@ memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 print(max(1, min(4, len(os.sched_getaffinity(0)), memory // 4_000_000_000)))')}
 [ "$mode" != root ] || workers=1 # they start many processes each, and measure how fast these end
 parallel=()
-[ "$workers" = 1 ] || parallel=(-n "$workers" --dist loadfile)
+# A worker that is lost ends the run: xdist 3.8 would hand the files that it had finished to its successor, which waits for ever for one more.
+[ "$workers" = 1 ] || parallel=(-n "$workers" --dist loadfile --max-worker-restart 0)
 exec "$JAXINFER_PYTHON" -m pytest "${parallel[@]}" -m "$marks" "$@"

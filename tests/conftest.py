@@ -1,5 +1,6 @@
 """What several rooms of tests share: eight CPU devices, a compilation cache that is not the user's, the real model."""
 
+import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -16,13 +17,30 @@ jax.config.update("jax_num_cpu_devices", 8)
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
-MOST_BYTES = 3 << 30  # of a process that tests, until it lets go of what it has compiled
+# Of a process that tests, until it lets go of what it has compiled. XLA maps some twenty pieces of memory a program; past the kernel's
+# vm.max_map_count, 65,530 unless set, it dies by SIGSEGV where it writes the next one to the cache.
+MOST_BYTES, MOST_MAPS = 3 << 30, 20_000
 SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def pytest_addoption(parser):
     parser.addoption("--golden", metavar="DIR", help="golden cases of this folder instead of tests/golden")
     parser.addoption("--fresh-seeds", action="store_true", help="random inputs of kernels that were never tried before")
+
+
+lost = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node, error) -> None:
+    if error:
+        node.config.stash[lost] = True
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """pytest-xdist calls it a success where a worker dies between tests, or before the first."""
+    if session.config.stash.get(lost, False) and session.exitstatus == pytest.ExitCode.OK:
+        session.exitstatus = pytest.ExitCode.INTERNAL_ERROR
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,8 +56,10 @@ def compilation_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 def compiled_programs_go() -> Iterator[None]:
     """A quarter of an hour of slow tests leaves gigabytes of programs that no further test runs."""
     yield
-    if psutil.Process().memory_info().rss > MOST_BYTES:
+    maps = Path("/proc/self/maps")  # of Linux
+    if psutil.Process().memory_info().rss > MOST_BYTES or (maps.exists() and maps.read_bytes().count(b"\n") > MOST_MAPS):
         jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")
