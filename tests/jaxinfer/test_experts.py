@@ -45,7 +45,7 @@ CONFIG = ModelConfig(
 )
 PROMPTS = [np.random.default_rng(0).integers(0, 97, n).tolist() for n in (3, 9, 5, 12, 1, 7)]
 GREEDY = SamplingParams(max_tokens=20, temperature=0.0, ignore_eos=True)
-SLOW, FULL = pytest.mark.slow, pytest.mark.full
+SLOW = pytest.mark.slow
 
 
 def decoder(quantisation: dict | None = None) -> Decoder:
@@ -71,13 +71,13 @@ def alone() -> list[list[int]]:
 MESHES = [
     {"expert": 2, "tensor": 2},
     *(
-        pytest.param(sizes, marks=mark, id=" ".join(f"{name} {size}" for name, size in sizes.items()))
-        for sizes, mark in (
-            ({"expert": 2}, FULL),
-            ({"expert": 4}, FULL),
-            ({"expert": 4, "tensor": 2}, FULL),
-            ({"expert": 2, "stage": 2, "data": 2}, SLOW),
-            ({"expert": 8}, FULL),  # more shards than experts
+        pytest.param(sizes, marks=SLOW, id=" ".join(f"{name} {size}" for name, size in sizes.items()))
+        for sizes in (
+            {"expert": 2},
+            {"expert": 4},
+            {"expert": 4, "tensor": 2},
+            {"expert": 2, "stage": 2, "data": 2},
+            {"expert": 8},  # more shards than experts
         )
     ),
 ]
@@ -93,8 +93,8 @@ def test_greedy_ids_are_those_of_one_device(alone, sizes: dict[str, int]) -> Non
     ("quantisation", "sizes"),
     [
         pytest.param({"format": "int8", "activation": ActivationQuant()}, {"expert": 2, "tensor": 2}, marks=SLOW),
-        pytest.param({"format": "int8", "activation": ActivationQuant(group=None)}, {"tensor": 3}, marks=FULL),
-        pytest.param({"format": "int4", "group": 32}, {"expert": 4, "stage": 2}, marks=FULL),
+        pytest.param({"format": "int8", "activation": ActivationQuant(group=None)}, {"tensor": 3}, marks=SLOW),
+        pytest.param({"format": "int4", "group": 32}, {"expert": 4, "stage": 2}, marks=SLOW),
     ],
 )
 def test_quantised_experts_on_meshes(quantisation: dict, sizes: dict[str, int]) -> None:
