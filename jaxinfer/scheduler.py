@@ -15,7 +15,10 @@ from typing import Any, Protocol
 from jaxinfer.errors import EngineStateError
 from jaxinfer.requests import Delta, Request, TokenLogprob
 
-STEPS = 32  # tokens between looks at the queue: 1 % of overhead on small models, and short to wait for
+# Tokens between two looks at the queue: as many as take TURN_SECONDS, which is short to wait for and long beside the 2 ms that a turn
+# costs the host; STEPS as long as nobody knows how long a token takes, and where several processes must take the same turns.
+STEPS, FEWEST_STEPS, MOST_STEPS = 32, 8, 128
+TURN_SECONDS = 0.15
 STOP_STEPS = 16  # where stop strings, which the device does not know, may end a text any time
 
 Slot = Any  # hashable, and the same for as long as a sequence runs
@@ -106,6 +109,7 @@ class Scheduler:
         self._idle = threading.Condition(self._lock)
         self._turn = threading.Lock()  # held while the device works
         self._pauses = 0  # who waits for the turn from outside; a lock alone would go back to the thread that just let it go
+        self._step_seconds: float | None = None  # of the last turn
         self._thread: threading.Thread | None = None
         self._closed: str | None = None
 
@@ -235,8 +239,18 @@ class Scheduler:
         tickets = self._running.values()
         steps = max(t.request.limit - len(t.request.token_ids) for t in tickets)
         stops = any(t.request.params.stop for t in tickets)
-        steps = min([steps, STOP_STEPS if stops else STEPS, *(t.every for t in tickets if t.every)])
-        self._push(self._device.decode({slot: t.request for slot, t in self._running.items()}, steps))
+        steps = min([steps, self._steps(), *([STOP_STEPS] if stops else []), *(t.every for t in tickets if t.every)])
+        start = time.perf_counter()
+        emitted = self._device.decode({slot: t.request for slot, t in self._running.items()}, steps)
+        taken = max(len(emission.tokens) for emission in emitted.values())
+        if taken:
+            self._step_seconds = (time.perf_counter() - start) / taken
+        self._push(emitted)
+
+    def _steps(self) -> int:
+        if self._agree is not None or self._step_seconds is None:
+            return STEPS
+        return max(FEWEST_STEPS, min(MOST_STEPS, round(TURN_SECONDS / max(self._step_seconds, 1e-9))))
 
     def _push(self, emitted: Mapping[Slot, Emission]) -> None:
         for slot, emission in emitted.items():

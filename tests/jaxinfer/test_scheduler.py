@@ -10,10 +10,11 @@ from collections.abc import Callable, Mapping, Sequence
 
 import pytest
 
+from jaxinfer import scheduler as scheduler_module
 from jaxinfer.errors import EngineStateError
 from jaxinfer.requests import Delta, Request
 from jaxinfer.sampling_params import SamplingParams
-from jaxinfer.scheduler import STEPS, Emission, Scheduler, Ticket
+from jaxinfer.scheduler import FEWEST_STEPS, MOST_STEPS, STEPS, Emission, Scheduler, Ticket
 
 
 class Counter:
@@ -103,7 +104,32 @@ def test_all_are_served_in_order() -> None:
         assert result.token_ids == [10 * i + n for n in range(ticket.request.limit)]
         assert box.empty()
     assert at_rest(scheduler) and not device.held
-    assert max(device.steps) <= STEPS and max(device.groups) == 2
+    assert max(device.steps) <= MOST_STEPS and max(device.groups) == 2
+
+
+@pytest.mark.parametrize(
+    ("seconds", "steps"), [(0.0, MOST_STEPS), (0.002, 75), (0.01, 15), (1.0, FEWEST_STEPS)], ids=lambda value: str(value)
+)
+def test_a_turn_is_as_long_as_its_tokens_allow(monkeypatch: pytest.MonkeyPatch, seconds: float, steps: int) -> None:
+    """The more a token takes, the fewer come between two looks at the queue; processes that must take the same turns do not measure."""
+    now = 0.0
+
+    class Slow(Counter):
+        def decode(self, running: Mapping[str, Request], steps: int) -> Mapping[str, Emission]:
+            nonlocal now
+            out = super().decode(running, steps)
+            now += seconds * max(len(emission.tokens) for emission in out.values())
+            return out
+
+    monkeypatch.setattr(scheduler_module.time, "perf_counter", lambda: now)
+    for agree, others in ((None, steps), (lambda mine: mine, STEPS)):
+        device = Slow()
+        scheduler = Scheduler(device, agree=agree)
+        ticket, box = ask(0, 400)
+        scheduler.submit([ticket])
+        assert len(box.get(timeout=5).result.token_ids) == 400
+        assert device.steps[0] == STEPS and set(device.steps[1:-1]) == {others}
+    assert at_rest(scheduler)
 
 
 def test_pieces() -> None:
