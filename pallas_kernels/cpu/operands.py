@@ -1,5 +1,6 @@
-"""Weights as the operands of a native call, and which of them it takes."""
+"""What a native call is given: its operands, those of a weight among them, and which weights it takes."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -12,20 +13,29 @@ PER_WEIGHT = 4  # operands of a weight: values, scales, zeros, bias
 
 
 def given(x, dtype=jnp.float32):
-    """An optional operand: an empty array stands for None. dtype: what it is made, None leaves it as it is."""
-    if x is None:
-        return jnp.zeros((0,), dtype or jnp.float32)
-    return x if dtype is None else x.astype(dtype)
+    """An optional operand, None or of this dtype."""
+    return None if x is None else x.astype(dtype)
 
 
 def weight(w, bias) -> tuple:
-    """The operands of a weight; of None too, whose place stays empty."""
-    nothing = jnp.zeros((0,), jnp.float32)
+    """The operands of a weight; of None too, whose places stay empty."""
     if w is None:
-        return (nothing,) * PER_WEIGHT
+        return (None,) * PER_WEIGHT
     if not isinstance(w, QTensor):
-        return w, nothing, nothing, given(bias)
-    return w.values, w.scales, nothing if w.zeros is None else w.zeros, given(bias)
+        return w, None, None, given(bias)
+    return w.values, w.scales, w.zeros, given(bias)
+
+
+def call(name: str, results, operands, *, integers, numbers=(), aliases=()):
+    """A native call. operands: by place; None are left out, since XLA takes time for each one. aliases: pairs of the place of an operand
+    and the number of the result that takes its memory."""
+    places = [place for place, a in enumerate(operands) if a is not None]
+    attributes = {"integers": np.asarray((*integers, sum(1 << place for place in places)), np.int64)}
+    if numbers:
+        attributes["numbers"] = np.asarray(numbers, np.float32)
+    taken = {places.index(place): result for place, result in aliases}
+    run = jax.ffi.ffi_call(name, results, vmap_method="sequential", input_output_aliases=taken)
+    return run(*(operands[place] for place in places), **attributes)
 
 
 def facts(w) -> tuple[int, int, int]:
@@ -33,14 +43,6 @@ def facts(w) -> tuple[int, int, int]:
     if not isinstance(w, QTensor):
         return 0, -1, 0 if w is None else w.shape[0]
     return w.group or 0, -1 if w.activation is None else w.activation.group or 0, w.shape[0]
-
-
-def integers(*values: int):
-    return np.asarray(values, np.int64)
-
-
-def numbers(*values: float):
-    return np.asarray(values, np.float32)
 
 
 def refusal(w, over_shards: bool) -> str | None:

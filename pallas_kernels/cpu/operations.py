@@ -21,10 +21,6 @@ CACHES = ("float32", "bfloat16", "float16", "int8", "fp8", "int4")  # formats
 _CACHE_OPERAND = 8  # place of the cache among the operands of attention_block
 
 
-def _call(name, results, aliases=None):
-    return jax.ffi.ffi_call(name, results, vmap_method="sequential", input_output_aliases=aliases or {})
-
-
 def _float(*shape):
     return jax.ShapeDtypeStruct(shape, jnp.float32)
 
@@ -52,14 +48,14 @@ def attention(q, cache, *, rows, positions, scale, soft_cap, window, terms, out_
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(scale, soft_cap, q, cache, rows, positions, window, terms):
-    return _call("jaxinfer_attention", _float(*q.shape))(
+    taken = [
         q.astype(jnp.float32),
         *(operands.given(a, jnp.int32) for a in (positions, rows, window)),
-        *(operands.given(a, None) for a in cache.arrays),
+        *cache.arrays,
         *_terms(terms),
-        integers=operands.integers(*library.call_integers(), terms.causal),
-        numbers=operands.numbers(scale, soft_cap or 0),
-    )
+    ]
+    integers, numbers = (*library.call_integers(), terms.causal), (scale, soft_cap or 0)
+    return operands.call("jaxinfer_attention", _float(*q.shape), taken, integers=integers, numbers=numbers)
 
 
 def _attention_alone_forward(scale, soft_cap, *arrays):
@@ -123,7 +119,7 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
         operands.given(cos),
         operands.given(sin),
         operands.given(window, jnp.int32),
-        *(operands.given(None if cache is None else a, None) for a in empty.arrays),
+        *(None if cache is None else a for a in empty.arrays),
     ]
     arguments += [operands.given(a) for a in (weights.norm, weights.norm_bias, weights.q_norm, weights.k_norm)]
     arguments += _terms(terms)
@@ -133,20 +129,11 @@ def _attention_block(spec, max_over_shards, x, weights, cache, angles, positions
     facts = [operands.facts(w) for w in (*qkv, weights.out)]
     results = [_float(B, T, weights.out.shape[0]), *(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in caches)]
     # what a format has comes first among the arrays of a cache
-    aliases = {} if cache is None else {_CACHE_OPERAND + i: 1 + i for i in range(len(caches))}
-    y, *new = _call("jaxinfer_attention_block", results, aliases)(
-        *arguments,
-        integers=operands.integers(
-            *library.call_integers(),
-            spec.head_dim,
-            spec.group,
-            NORMS[spec.norm],
-            parts,
-            terms.causal,
-            *(n for of in facts for n in of),
-        ),
-        numbers=operands.numbers(spec.eps, spec.scale, spec.soft_cap or 0),
-    )
+    aliases = [] if cache is None else [(_CACHE_OPERAND + i, 1 + i) for i in range(len(caches))]
+    shape = spec.head_dim, spec.group, NORMS[spec.norm], parts, terms.causal
+    integers = (*library.call_integers(), *shape, *(n for of in facts for n in of))
+    numbers = spec.eps, spec.scale, spec.soft_cap or 0
+    y, *new = operands.call("jaxinfer_attention_block", results, arguments, integers=integers, numbers=numbers, aliases=aliases)
     return y, LayerCache(**dict(zip(held, new, strict=True)))
 
 
@@ -203,11 +190,9 @@ def _mlp_block(spec, max_over_shards, x, weights, residual):
     arguments += operands.weight(weights.down, weights.down_bias)
     facts = [n for w in (*up, weights.down) for n in operands.facts(w)]
     kind, activation = NORMS[spec.norm], ACTIVATIONS[spec.activation]
-    return _call("jaxinfer_mlp_block", _float(*x.shape[:2], weights.down.shape[0]))(
-        *arguments,
-        integers=operands.integers(*library.call_integers(), kind, activation, int(spec.gated), parts, *facts),
-        numbers=operands.numbers(spec.eps),
-    )
+    integers = (*library.call_integers(), kind, activation, int(spec.gated), parts, *facts)
+    result = _float(*x.shape[:2], weights.down.shape[0])
+    return operands.call("jaxinfer_mlp_block", result, arguments, integers=integers, numbers=(spec.eps,))
 
 
 def _mlp_forward(spec, max_over_shards, *arrays):
@@ -260,13 +245,10 @@ def fused_matmul(given, call):
 def _matmul(kind, eps, max_over_shards, x, w, bias, scale, norm_bias, residual):
     """x [..., I] -> float32 [..., O]. kind: of the norm that x goes through first, or None."""
     rows = x.reshape(-1, x.shape[-1])
-    y = _call("jaxinfer_quant_matmul", _float(rows.shape[0], w.shape[0]))(
-        rows.astype(jnp.float32),
-        *(operands.given(a) for a in (None if residual is None else residual.reshape(-1, w.shape[0]), scale, norm_bias)),
-        *operands.weight(w, bias),
-        integers=operands.integers(*library.call_integers(), NORMS[kind], *operands.facts(w)),
-        numbers=operands.numbers(eps),
-    )
+    residual = None if residual is None else residual.reshape(-1, w.shape[0])
+    taken = [rows.astype(jnp.float32), *(operands.given(a) for a in (residual, scale, norm_bias)), *operands.weight(w, bias)]
+    integers = (*library.call_integers(), NORMS[kind], *operands.facts(w))
+    y = operands.call("jaxinfer_quant_matmul", _float(rows.shape[0], w.shape[0]), taken, integers=integers, numbers=(eps,))
     return y.reshape(*x.shape[:-1], w.shape[0])
 
 
@@ -305,9 +287,8 @@ def supports_argmax(target, facts) -> bool | str:
 def argmax(logits, *, shards):
     rows = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
     logits = jax.lax.stop_gradient(logits)
-    ids, largest = _call("jaxinfer_argmax", [rows, _float(*logits.shape[:1])])(
-        logits, integers=operands.integers(*library.call_integers())
-    )
+    results = [rows, _float(*logits.shape[:1])]
+    ids, largest = operands.call("jaxinfer_argmax", results, [logits], integers=library.call_integers())
     # on the shards that do not hold the largest an id past every other one
     here = jnp.where(largest < shards.max(largest), jnp.int32(2**31 - 1), ids + shards.offset)
     return shards.min(here)
@@ -324,6 +305,5 @@ def supports_sample(target, facts) -> bool | str:
 def sample(logits, *, temperature, top_k, top_p, min_p, seeds, steps, shards):
     knobs = (temperature, top_k, top_p, min_p, seeds, steps)
     result = jax.ShapeDtypeStruct(logits.shape[:1], jnp.int32)
-    return _call("jaxinfer_sample", result)(
-        jax.lax.stop_gradient(logits), *knobs, integers=operands.integers(*library.call_integers())
-    )
+    taken = [jax.lax.stop_gradient(logits), *knobs]
+    return operands.call("jaxinfer_sample", result, taken, integers=library.call_integers())

@@ -82,29 +82,26 @@ def test_a_split_vocabulary_is_drawn_from_by_xla(rng):
 
 
 def test_the_handler_checks_its_arguments():
-    empty = operands.given(None)
-    call = jax.ffi.ffi_call("jaxinfer_quant_matmul", jax.ShapeDtypeStruct((1, 3), jnp.float32))
-    kind, numbers = operations.NORMS[None], operands.numbers(0)
-    call = functools.partial(call, numbers=numbers)
-    integers = operands.integers(0, 1, kind, 0, -1, 3)
-    with pytest.raises(jax.errors.JaxRuntimeError, match=r"x must be float32 \[rows, inputs\]"):
-        call(jnp.zeros((1, 5)), empty, empty, empty, jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="bias has the wrong dtype or shape"):
-        call(jnp.zeros((1, 4)), empty, empty, empty, jnp.zeros((3, 4)), empty, empty, jnp.zeros(4), integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="norm has the wrong dtype or shape"):
-        call(jnp.zeros((1, 4)), empty, jnp.zeros(3), empty, jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="residual has the wrong dtype or shape"):
-        call(jnp.zeros((1, 4)), jnp.zeros((1, 4)), empty, empty, jnp.zeros((3, 4)), empty, empty, empty, integers=integers)
-    with pytest.raises(jax.errors.JaxRuntimeError, match="weight groups"):
-        call(
-            jnp.zeros((1, 64)),
-            *(empty,) * 3,
-            jnp.zeros((3, 64), jnp.int8),
-            jnp.ones((3, 4)),
-            empty,
-            empty,
-            integers=operands.integers(0, 1, kind, 16, -1, 3),
-        )
+    result, kind = jax.ShapeDtypeStruct((1, 3), jnp.float32), operations.NORMS[None]
+    run = functools.partial(operands.call, "jaxinfer_quant_matmul", result, numbers=(0,))
+    plain, floats = (0, 1, kind, 0, -1, 3), jnp.zeros((3, 4))
+    for given, integers, words in (
+        ([jnp.zeros((1, 5)), None, None, None, floats, None, None, None], plain, r"x must be float32 \[rows, inputs\]"),
+        ([jnp.zeros((1, 4)), None, None, None, floats, None, None, jnp.zeros(4)], plain, "bias has the wrong dtype or shape"),
+        ([jnp.zeros((1, 4)), None, jnp.zeros(3), None, floats, None, None, None], plain, "norm has the wrong dtype or shape"),
+        ([jnp.zeros((1, 4)), jnp.zeros((1, 4)), None, None, floats, None, None, None], plain, "residual has the wrong dtype"),
+        (
+            [jnp.zeros((1, 64)), None, None, None, jnp.zeros((3, 64), jnp.int8), jnp.ones((3, 4))],
+            (0, 1, kind, 16, -1, 3),
+            "weight groups",
+        ),
+        ([None, None, None, None, floats], plain, "x must be float32"),
+        ([jnp.zeros((1, 4)), None, None, None, None], plain, "a weight must be"),
+        ([jnp.zeros((1, 4)), None, None, None, floats], (*plain, 1), "of different versions"),
+        ([jnp.zeros((1, 4)), None, None, None, floats, None, None, None, jnp.zeros(4)], plain, "of different versions"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+            run(given, integers=integers)
 
     blocks = jnp.zeros((2, 16, 32, 4), jnp.int8)
     for shape, scales, outputs, words in (
@@ -112,9 +109,11 @@ def test_the_handler_checks_its_arguments():
         ((2, 16, 16, 8), (2, 32), 64, r"\[blocks, words, 32, 4\]"),
         ((2, 16, 32, 4), (64, 1), 64, "scales has the wrong dtype or shape"),
     ):
-        integers = operands.integers(0, 1, kind, 0, -1, outputs)
         with pytest.raises(jax.errors.JaxRuntimeError, match=words):
-            call(jnp.zeros((1, 64)), *(empty,) * 3, blocks.reshape(shape), jnp.ones(scales), empty, empty, integers=integers)
+            run(
+                [jnp.zeros((1, 64)), *(None,) * 3, blocks.reshape(shape), jnp.ones(scales)],
+                integers=(0, 1, kind, 0, -1, outputs),
+            )
 
 
 def test_options(native, monkeypatch):

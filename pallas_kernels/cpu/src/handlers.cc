@@ -35,7 +35,7 @@ std::string written(ffi::Span<const int64_t> dims) {
   return out + "]";
 }
 
-// An operand or result; one with no elements stands for None.
+// An operand or result; one that is left out, or has no elements, stands for None.
 struct Array {
   const char* name;
   ffi::DataType type;
@@ -59,14 +59,31 @@ struct Array {
   }
 };
 
-Array argument(Check& check, const ffi::RemainingArgs& args, size_t i, const char* name) {
-  const auto buffer = args.get<ffi::AnyBuffer>(i);
-  if (buffer.has_error()) {
-    check.require(false, [&] { return std::string("operand ") + name + " is missing"; });
-    return Array{name, ffi::DataType::INVALID, {}, nullptr, 0};
+// The operands of a call, by their place among all that it could have. Most calls leave half of them out, and what XLA and this file do
+// for one takes some 40 ns: the last integer has a bit for each place that is taken.
+class Operands {
+ public:
+  Operands(Check& check, const ffi::RemainingArgs& args, const Integers& integers, size_t most_integers, size_t most) : args_(args) {
+    const bool counted = integers.size() == most_integers + 1;
+    given_ = counted ? static_cast<uint64_t>(integers[most_integers]) : 0;
+    check.require(counted && given_ >> most == 0 && static_cast<size_t>(__builtin_popcountll(given_)) == args.size(),
+                  "the library and its caller are of different versions");
   }
-  return Array{name, buffer->element_type(), buffer->dimensions(), buffer->untyped_data(), static_cast<int64_t>(buffer->element_count())};
-}
+  Array get(Check& check, size_t place, const char* name) const {
+    const Array none{name, ffi::DataType::INVALID, {}, nullptr, 0};
+    if (!(given_ >> place & 1)) return none;
+    const auto buffer = args_.get<ffi::AnyBuffer>(__builtin_popcountll(given_ & ((uint64_t{1} << place) - 1)));
+    if (buffer.has_error()) {
+      check.require(false, [&] { return std::string("operand ") + name + " is missing"; });
+      return none;
+    }
+    return Array{name, buffer->element_type(), buffer->dimensions(), buffer->untyped_data(), static_cast<int64_t>(buffer->element_count())};
+  }
+
+ private:
+  const ffi::RemainingArgs& args_;
+  uint64_t given_;
+};
 
 bool cell_of(ffi::DataType type, Cell* cell) {
   switch (type) {
@@ -84,10 +101,10 @@ bool cell_of(ffi::DataType type, Cell* cell) {
 // Values are [outputs, inputs], or in blocks [blocks, words, 32, 4] with scales [blocks, groups * 32].
 constexpr size_t kWeightOperands = 4, kWeightIntegers = 3;
 
-Linear linear(Check& check, const ffi::RemainingArgs& args, size_t first, const Integers& integers, size_t at) {
+Linear linear(Check& check, const Operands& operands, size_t first, const Integers& integers, size_t at) {
   const int64_t group = integers[at], input_group = integers[at + 1];
-  const Array values = argument(check, args, first, "values"), scales = argument(check, args, first + 1, "scales");
-  const Array zeros = argument(check, args, first + 2, "zeros"), bias = argument(check, args, first + 3, "bias");
+  const Array values = operands.get(check, first, "values"), scales = operands.get(check, first + 1, "scales");
+  const Array zeros = operands.get(check, first + 2, "zeros"), bias = operands.get(check, first + 3, "bias");
   Linear w;
   w.blocked = values.dims.size() == 4;
   w.outputs = integers[at + 2];
@@ -189,9 +206,9 @@ Cache cache_of(Check& check, const Array (&in)[kCacheArrays], int64_t kv_heads, 
 
 // Four operands: lengths, sinks, slopes, relative.
 constexpr size_t kTerms = 4;
-Terms terms_of(Check& check, const ffi::RemainingArgs& args, size_t first, bool causal, int64_t batch, int64_t heads) {
-  const Array lengths = argument(check, args, first, "lengths"), sinks = argument(check, args, first + 1, "sinks");
-  const Array slopes = argument(check, args, first + 2, "slopes"), relative = argument(check, args, first + 3, "relative");
+Terms terms_of(Check& check, const Operands& operands, size_t first, bool causal, int64_t batch, int64_t heads) {
+  const Array lengths = operands.get(check, first, "lengths"), sinks = operands.get(check, first + 1, "sinks");
+  const Array slopes = operands.get(check, first + 2, "slopes"), relative = operands.get(check, first + 3, "relative");
   Terms t;
   if (!check.ok()) return t;
   lengths.check(check, ffi::DataType::S32, {batch});
@@ -210,17 +227,18 @@ Terms terms_of(Check& check, const ffi::RemainingArgs& args, size_t first, bool 
 
 // Operands: x, residual, positions, rows, write, cos, sin, window; a cache; norm, its bias, norms of q and k; terms; weights of q, k, v, out.
 // integers: level, threads, head_dim, query heads per kv head, norm kind, parts of qkv, causal, then those of q, k, v and out, see
-// linear. numbers: eps, scale, soft cap (0: none).
+// linear. numbers: eps, scale, soft cap (0: none). Here and below a last integer says which operands are given, see Operands.
 ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Integers integers, Numbers numbers) {
   constexpr size_t kFirst = 8, kNorms = kFirst + kCacheArrays, kFirstTerm = kNorms + 4, kWeights = kFirstTerm + kTerms;
   Check check;
-  check.require(integers.size() == 7 + 4 * kWeightIntegers && numbers.size() == 3 && args.size() == kWeights + 4 * kWeightOperands, "the library and its caller are of different versions");
+  const Operands operands(check, args, integers, 7 + 4 * kWeightIntegers, kWeights + 4 * kWeightOperands);
+  check.require(numbers.size() == 3, "it has three numbers");
   if (!check.ok()) return check.error("attention_block");
   const char* const names[kFirstTerm] = {"x",      "residual",    "positions",   "rows",        "write",       "cos",         "sin",
                                          "window", kCacheNames[0], kCacheNames[1], kCacheNames[2], kCacheNames[3], kCacheNames[4], kCacheNames[5],
                                          kCacheNames[6], "norm", "norm bias", "q norm", "k norm"};
   Array in[kFirstTerm];
-  for (size_t i = 0; i < kFirstTerm; ++i) in[i] = argument(check, args, i, names[i]);
+  for (size_t i = 0; i < kFirstTerm; ++i) in[i] = operands.get(check, i, names[i]);
   const auto &x = in[0], &residual = in[1], &positions = in[2], &rows = in[3], &write = in[4], &cos = in[5], &sin = in[6], &window = in[7];
   const ffi::DataType f32 = ffi::DataType::F32, s32 = ffi::DataType::S32;
   AttentionCall c;
@@ -237,17 +255,17 @@ ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Inte
   if (!check.ok()) return check.error("attention_block");
   int64_t columns = 0;
   for (int p = 0; p < c.parts; ++p) {
-    c.qkv[p] = linear(check, args, kWeights + kWeightOperands * p, integers, 7 + kWeightIntegers * p);
+    c.qkv[p] = linear(check, operands, kWeights + kWeightOperands * p, integers, 7 + kWeightIntegers * p);
     check.require(c.qkv[p].inputs == c.embed, "qkv must have as many inputs as x");
     columns += c.qkv[p].outputs;
   }
-  c.out = linear(check, args, kWeights + 3 * kWeightOperands, integers, 7 + 3 * kWeightIntegers);
+  c.out = linear(check, operands, kWeights + 3 * kWeightOperands, integers, 7 + 3 * kWeightIntegers);
   check.require(columns > 0 && columns % ((group + 2) * c.head_dim) == 0, "qkv is not made of whole heads");
   if (!check.ok()) return check.error("attention_block");
   c.kv_heads = columns / ((group + 2) * c.head_dim);
   c.heads = group * c.kv_heads;
   check.require(c.out.inputs == c.heads * c.head_dim, "out must have an input for each number of the heads");
-  c.terms = terms_of(check, args, kFirstTerm, integers[6] != 0, c.batch, c.heads);
+  c.terms = terms_of(check, operands, kFirstTerm, integers[6] != 0, c.batch, c.heads);
   residual.check(check, f32, {c.batch, c.tokens, c.out.outputs});
   positions.check(check, s32, {c.batch, c.tokens});
   rows.check(check, s32, {c.batch});
@@ -302,12 +320,13 @@ ffi::Error AttentionBlock(ffi::RemainingArgs args, ffi::RemainingRets rets, Inte
 ffi::Error Attention(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers, Numbers numbers) {
   constexpr size_t kFirst = 4, kFirstTerm = kFirst + kCacheArrays;
   Check check;
-  check.require(integers.size() == 3 && numbers.size() == 2 && args.size() == kFirstTerm + kTerms, "the library and its caller are of different versions");
+  const Operands operands(check, args, integers, 3, kFirstTerm + kTerms);
+  check.require(numbers.size() == 2, "it has two numbers");
   if (!check.ok()) return check.error("attention");
-  const Array q = argument(check, args, 0, "q"), positions = argument(check, args, 1, "positions");
-  const Array rows = argument(check, args, 2, "rows"), window = argument(check, args, 3, "window");
+  const Array q = operands.get(check, 0, "q"), positions = operands.get(check, 1, "positions");
+  const Array rows = operands.get(check, 2, "rows"), window = operands.get(check, 3, "window");
   Array in[kCacheArrays];
-  for (size_t i = 0; i < kCacheArrays; ++i) in[i] = argument(check, args, kFirst + i, kCacheNames[i]);
+  for (size_t i = 0; i < kCacheArrays; ++i) in[i] = operands.get(check, kFirst + i, kCacheNames[i]);
   check.require(q.dims.size() == 4 && q.type == ffi::DataType::F32 && in[0].dims.size() == 4 && in[0].dims[1] > 0, "q must be float32 [batch, tokens, heads, head_dim], and a cache of 4 axes");
   const Kernels* const table = kernels(check, integers[0]);
   if (!check.ok()) return check.error("attention");
@@ -316,7 +335,7 @@ ffi::Error Attention(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataT
   c.threads = static_cast<int>(integers[1]);
   check.require(c.heads % c.kv_heads == 0, "the heads of q must be a multiple of the cache's");
   c.cache = cache_of(check, in, c.kv_heads, c.head_dim);
-  c.terms = terms_of(check, args, kFirstTerm, integers[2] != 0, c.batch, c.heads);
+  c.terms = terms_of(check, operands, kFirstTerm, integers[2] != 0, c.batch, c.heads);
   positions.check(check, ffi::DataType::S32, {c.batch, c.tokens});
   rows.check(check, ffi::DataType::S32, {c.batch});
   check.require(rows.given() || c.cache.rows == c.batch, "without row ids the cache must have as many rows as q");
@@ -332,11 +351,12 @@ ffi::Error Attention(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataT
 // integers: level, threads, norm kind, activation, gated, parts of up, then those of gate, up and down. numbers: eps.
 ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers, Numbers numbers) {
   Check check;
-  check.require(integers.size() == 6 + 3 * kWeightIntegers && numbers.size() == 1 && args.size() == 16, "the library and its caller are of different versions");
+  const Operands operands(check, args, integers, 6 + 3 * kWeightIntegers, 4 + 3 * kWeightOperands);
+  check.require(numbers.size() == 1, "it has one number");
   if (!check.ok()) return check.error("mlp_block");
   const ffi::DataType f32 = ffi::DataType::F32;
-  const Array x = argument(check, args, 0, "x"), residual = argument(check, args, 1, "residual");
-  const Array norm = argument(check, args, 2, "norm"), norm_bias = argument(check, args, 3, "norm bias");
+  const Array x = operands.get(check, 0, "x"), residual = operands.get(check, 1, "residual");
+  const Array norm = operands.get(check, 2, "norm"), norm_bias = operands.get(check, 3, "norm bias");
   MlpCall c;
   const Kernels* const table = kernels(check, integers[0]);
   check.require(x.dims.size() == 3 && x.type == f32 && integers[5] >= 1 && integers[5] <= 2, "x must be float32 [batch, tokens, embed]");
@@ -348,10 +368,10 @@ ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataTy
   c.gated = integers[4] != 0;
   c.parts = static_cast<int>(integers[5]);
   for (int p = 0; p < c.parts; ++p) {
-    c.up[p] = linear(check, args, 4 + kWeightOperands * p, integers, 6 + kWeightIntegers * p);
+    c.up[p] = linear(check, operands, 4 + kWeightOperands * p, integers, 6 + kWeightIntegers * p);
     check.require(c.up[p].inputs == c.embed, "gate and up must have as many inputs as x");
   }
-  c.down = linear(check, args, 12, integers, 6 + 2 * kWeightIntegers);
+  c.down = linear(check, operands, 12, integers, 6 + 2 * kWeightIntegers);
   c.width = c.down.inputs;
   const bool joined = c.gated && c.parts == 1;
   check.require(c.gated || c.parts == 1, "an ungated MLP has one weight before its activation");
@@ -370,16 +390,17 @@ ffi::Error MlpBlock(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataTy
 // Operands: x, residual, norm, its bias, weight. integers: level, threads, norm kind, then those of the weight. numbers: eps.
 ffi::Error Matmul(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::F32>> y, Integers integers, Numbers numbers) {
   Check check;
-  check.require(integers.size() == 3 + kWeightIntegers && numbers.size() == 1 && args.size() == 8, "the library and its caller are of different versions");
+  const Operands operands(check, args, integers, 3 + kWeightIntegers, 4 + kWeightOperands);
+  check.require(numbers.size() == 1, "it has one number");
   if (!check.ok()) return check.error("quant_matmul");
   const ffi::DataType f32 = ffi::DataType::F32;
-  const Array x = argument(check, args, 0, "x"), residual = argument(check, args, 1, "residual");
-  const Array norm = argument(check, args, 2, "norm"), norm_bias = argument(check, args, 3, "norm bias");
+  const Array x = operands.get(check, 0, "x"), residual = operands.get(check, 1, "residual");
+  const Array norm = operands.get(check, 2, "norm"), norm_bias = operands.get(check, 3, "norm bias");
   const Kernels* const table = kernels(check, integers[0]);
   MatmulCall c;
   c.threads = static_cast<int>(integers[1]);
   c.norm.kind = static_cast<NormKind>(integers[2]);
-  c.w = linear(check, args, 4, integers, 3);
+  c.w = linear(check, operands, 4, integers, 3);
   check.require(x.dims.size() == 2 && x.type == f32 && x.dims[1] == c.w.inputs, "x must be float32 [rows, inputs]");
   if (!check.ok()) return check.error("quant_matmul");
   c.rows = x.dims[0];
@@ -398,7 +419,7 @@ ffi::Error Argmax(ffi::Buffer<ffi::DataType::F32> x, ffi::Result<ffi::Buffer<ffi
                   Integers integers) {
   Check check;
   const auto dims = x.dimensions();
-  check.require(integers.size() == 2 && dims.size() == 2 && dims[1] > 0, "x must be [rows, columns]");
+  check.require(integers.size() == 3 && dims.size() == 2 && dims[1] > 0, "x must be [rows, columns]");
   const Kernels* const table = check.ok() ? kernels(check, integers[0]) : nullptr;
   check.require(static_cast<int64_t>(ids->element_count()) == dims[0] && ids->element_count() == largest->element_count(), "one result a row");
   if (!check.ok()) return check.error("argmax");
@@ -409,13 +430,13 @@ ffi::Error Argmax(ffi::Buffer<ffi::DataType::F32> x, ffi::Result<ffi::Buffer<ffi
 // integers: level, threads. Operands: logits, temperature, top_k, top_p, min_p, seeds, steps.
 ffi::Error Sample(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::S32>> ids, Integers integers) {
   Check check;
-  check.require(integers.size() == 2 && args.size() == 7, "the library and its caller are of different versions");
+  const Operands operands(check, args, integers, 2, 7);
   if (!check.ok()) return check.error("sample");
   const ffi::DataType f32 = ffi::DataType::F32, s32 = ffi::DataType::S32;
-  const Array x = argument(check, args, 0, "logits");
-  const Array temperature = argument(check, args, 1, "temperature"), top_k = argument(check, args, 2, "top_k");
-  const Array top_p = argument(check, args, 3, "top_p"), min_p = argument(check, args, 4, "min_p");
-  const Array seeds = argument(check, args, 5, "seeds"), steps = argument(check, args, 6, "steps");
+  const Array x = operands.get(check, 0, "logits");
+  const Array temperature = operands.get(check, 1, "temperature"), top_k = operands.get(check, 2, "top_k");
+  const Array top_p = operands.get(check, 3, "top_p"), min_p = operands.get(check, 4, "min_p");
+  const Array seeds = operands.get(check, 5, "seeds"), steps = operands.get(check, 6, "steps");
   const Kernels* const table = kernels(check, integers[0]);
   check.require(x.dims.size() == 2 && x.type == f32 && x.given(), "logits must be float32 [rows, vocabulary]");
   if (!check.ok()) return check.error("sample");
