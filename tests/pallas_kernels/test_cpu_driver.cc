@@ -13,6 +13,7 @@
 #include <thread>
 #include <vector>
 
+#include "ahead.h"
 #include "cpu_driver.h"
 #include "kernels.h"
 
@@ -390,6 +391,53 @@ void test_sample(const Kernels& kernels, Random& random, const std::string& name
   }
 }
 
+// What is asked for ahead of its time: a thread's own units, each line once, in their order; and which call comes after which.
+void test_ahead() {
+  std::vector<char> values(10 * 256), scales(10 * 64);
+  Reads reads;
+  reads.from[0] = values.data(), reads.bytes[0] = 256;
+  reads.from[2] = scales.data(), reads.bytes[2] = 64;  // one without scales of its own has a gap
+  reads.units = 10;
+  const auto expect = [](bool holds, const char* what) {
+    if (!holds) failures++, std::printf("ahead: %s\n", what);
+  };
+  for (const Lane lane : {Lane{0, 3}, Lane{1, 3}, Lane{2, 3}, Lane{11, 12}}) {
+    const Range mine = share(10, 1, lane);
+    Ahead ahead;
+    ahead.add(reads, lane);
+    ahead.add(values.data(), 100);
+    expect(reads.begin(lane) == values.data() + 256 * mine.begin, "a share begins elsewhere");
+    const int lines = static_cast<int>(5 * (mine.end - mine.begin));
+    ahead.ask(lines);
+    expect(ahead.count() == 2 && ahead.asked() == 0, "a share is over before its last line");
+    ahead.ask(1);
+    expect(ahead.asked() == 1, "a share has more lines than it is long");
+    ahead.ask(2);
+    expect(ahead.asked() == 2, "what comes after a share is not asked for");
+    ahead.open(reads, lane);
+    expect(ahead.count() == 1 && ahead.asked() == 0, "what is opened is not what is read now");
+    ahead.ask(2);
+    ahead.add(values.data(), 100);
+    ahead.open(reads, lane);
+    ahead.ask(lines - 2 + 1);
+    expect(ahead.count() == 1 && ahead.asked() == 1, "what was asked for already is asked for again");
+  }
+  Ahead none;
+  none.add(Reads{}, Lane{});
+  none.ask(100);
+  expect(none.count() == 0 && Reads{}.begin(Lane{}) == nullptr, "nothing is something");
+
+  Reads calls[3];
+  for (int i = 0; i < 3; ++i) calls[i].from[0] = values.data() + 512 * i, calls[i].bytes[0] = 64 * (i + 1), calls[i].units = i + 1;
+  for (int i = 0; i < 3; ++i) expect(follows(calls[i]).units == 0, "a call that came for the first time is known");
+  for (int i = 0; i < 6; ++i) {
+    const Reads next = follows(calls[i % 3]), &want = calls[(i + 1) % 3];
+    if (i >= 3) expect(next.from[0] == want.from[0] && next.bytes[0] == want.bytes[0] && next.units == want.units, "the next call is not known");
+  }
+  follows(calls[0]), follows(calls[2]);
+  expect(follows(calls[0]).from[0] == calls[2].from[0], "a new order is not learned");
+}
+
 void run(uint64_t seed, int cases, const char* caller) {
   for (int i = 0; i < cases; ++i) {
     const Kernels* const* usable = usable_kernels();
@@ -413,6 +461,7 @@ int main(int count, char** arguments) {
   std::printf("%d cases from seed %llu:", cases, static_cast<unsigned long long>(seed));
   for (int i = 0; usable_kernels()[i]; ++i) std::printf(" %s", usable_kernels()[i]->name);
   std::printf("\n");
+  test_ahead();
   run(seed, cases, "");
   std::vector<std::thread> callers;  // as many devices call at once
   for (uint64_t t = 0; t < 3; ++t) callers.emplace_back([=] { run(seed + 1000 * (t + 1), cases / 5 + 1, "one of three callers, "); });

@@ -9,6 +9,7 @@
 #include <optional>
 #include <type_traits>
 
+#include "ahead.h"
 #include "arena.h"
 #include "kernels.h"
 #include "pool.h"

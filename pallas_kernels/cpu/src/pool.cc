@@ -1,5 +1,7 @@
 #include "pool.h"
 
+#include "ahead.h"
+
 #include <chrono>
 #include <condition_variable>
 #include <mutex>
@@ -25,18 +27,24 @@ inline void pause() {
 #endif
 }
 
+// Lines that a waiting thread asks for between two looks: about what memory delivers to a core in that time.
+constexpr int kAsked = 8;
+
 // Spins until ready(), at most for `limit`; says whether it is.
 template <class Ready>
 bool spin(const Ready& ready, Clock::duration limit) {
+  Ahead& next = ahead();
   for (int i = 0; i < 64; ++i) {
     if (ready()) return true;
     pause();
+    next.ask(kAsked);
   }
   const auto end = Clock::now() + limit;
   do {
     for (int i = 0; i < 32; ++i) {
       if (ready()) return true;
       pause();
+      next.ask(kAsked);
     }
   } while (Clock::now() < end);
   return ready();
