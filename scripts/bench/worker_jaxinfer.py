@@ -32,7 +32,8 @@ class Jaxinfer:
     compiles = True
 
     def __init__(self, args: argparse.Namespace):
-        self.cache = args.cache or (args.precision if args.precision in DTYPES else "float32")
+        # beside quantised weights 16 bits, as llama.cpp has them; OpenVINO takes 8
+        self.cache = args.cache or (args.precision if args.precision in DTYPES else "bfloat16")
         workloads = [worker.WORKLOADS[name] for name in ("decode", *args.workloads)]
         config: dict[str, Any] = {
             "inference_max_tokens": max(w.prompt + w.new for w in workloads),
