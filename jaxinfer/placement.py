@@ -36,6 +36,7 @@ from jaxinfer.models.decoder import (
 )
 from pallas_kernels import gpus, qtensor
 from pallas_kernels.cpu import library, operands
+from pallas_kernels.cpu.pages import LargePages
 from pallas_kernels.qtensor import QTensor
 from sharding.balance import SlotPlan, partition, slot_plan, stage_plans
 from sharding.context import ParallelContext
@@ -327,6 +328,7 @@ class Placer:
 
     def __init__(self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress, kernels: str = "auto"):
         self.source, self.mesh, self.plan, self.progress = source, mesh, plan, progress
+        self.pages = LargePages()
         self.native = kernels != "xla" and library.refusal(mesh.devices.flat[0].platform) is None
         self.info: dict[str, ParameterInfo] = parameters(plan.config)
         self.tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
@@ -466,7 +468,8 @@ class Placer:
     def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):
         """One array of what each device holds."""
         own = sharding.shard_shape(shape)
-        arrays = [jax.device_put(a.reshape(own), d) for a, d in zip(leaves, devices, strict=True)]
+        put = self.pages.put if devices[0].platform == "cpu" else jax.device_put
+        arrays = [put(a.reshape(own), d) for a, d in zip(leaves, devices, strict=True)]
         return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
     def _cut(self, name: str, key: tuple[int, int, int]) -> tuple[Units | None, ...]:
