@@ -5,9 +5,11 @@ with a veth pair to a bridge. Both ends of a pair are limited. Each host runs on
 the first host is counted by the kernel, headers and acknowledgements included.
 
 The link's share is the time that the bytes sent take at its rate, over the time of the sum. The rest is what devices do before, between
-and after, the same sums without a limit tell how much, and what the link stands idle beside that. The bucket that limits the link lets
-BURST bytes through at once after a pause, 1.3 ms' worth at 100 Mbit/s. TCP's congestion control is reno, in all namespaces: every kernel
-has it, while BBR, this machine's default or not, sends the less the longer acknowledgements wait behind what goes the other way.
+and after, the same sums without a limit tell how much, and what the link stands idle beside that. It is the same work for a sum that takes
+a fifth of the time, and all hosts do it on the cores of this machine: what others have of these meanwhile is said, and is taken from the
+link's share, most of all with INT8. The bucket that limits the link lets BURST bytes through at once after a pause, 1.3 ms' worth at
+100 Mbit/s. TCP's congestion control is reno, in all namespaces: every kernel has it, while BBR, this machine's default or not, sends the
+less the longer acknowledgements wait behind what goes the other way.
 """
 
 from __future__ import annotations
@@ -23,6 +25,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -61,17 +65,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     """A row for each method, as process 0 measured it, also without the limit. Raises LaunchError where a process fails."""
+    start, before = time.monotonic(), user_seconds_of_others()
     rows = run_on_hosts(args, args.mbit)
+    busy = max(0.0, user_seconds_of_others() - before) / (time.monotonic() - start)
     unlimited = run_on_hosts(args, 0) if args.mbit else rows
     for row, free in zip(rows, unlimited, strict=True):
         row["of_flat_bytes"] = row["link_bytes"] / rows[0]["link_bytes"]
         row["speed_up"] = rows[0]["seconds"] / row["seconds"]
         row["unlimited_seconds"] = free["seconds"]
+        row["cores_of_others"] = busy
         # that the link alone takes, and what part of the time it was busy: in the median turn, and in the best
         row["link_seconds"] = row["sent_bytes"] * 8 / (args.mbit * 1e6) if args.mbit else None
         for share, time_ in (("link_share", "seconds"), ("best_link_share", "best_seconds")):
             row[share] = row["link_seconds"] / row[time_] if args.mbit else None
     return rows
+
+
+def user_seconds_of_others() -> float:
+    """That this machine's cores have worked for processes other than this one's children, the system's own work left out."""
+    of_all = psutil.cpu_times()
+    return of_all.user + of_all.nice - os.times().children_user
 
 
 def run_on_hosts(args: argparse.Namespace, mbit: int) -> list[dict[str, Any]]:
@@ -235,6 +248,7 @@ def table(rows: list[dict[str, Any]], args: argparse.Namespace) -> str:
             f"| {row['method']} | {row['seconds'] * 1e3:.1f} | {row['speed_up']:.2f}x | {row['link_bytes'] / 1024:.0f} | "
             f"{row['of_flat_bytes']:.2f}x | {' | '.join(shares)} | {row['unlimited_seconds'] * 1e3:.1f} | {row['largest_error']:.2g} |"
         )
+    lines += ["", f"Meanwhile other processes kept {rows[0]['cores_of_others']:.1f} of {psutil.cpu_count()} cores busy."]
     if args.mbit:
         lines.append("")
         for row in rows:
