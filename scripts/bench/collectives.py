@@ -4,12 +4,11 @@ The hosts are network namespaces of this machine, so it needs root (and iproute2
 with a veth pair to a bridge. Both ends of a pair are limited. Each host runs one process with several CPU devices. What crosses the link of
 the first host is counted by the kernel, headers and acknowledgements included.
 
-The link's share is the time that the bytes sent take at its rate, over the time of the sum. The rest is what devices do before, between
-and after, the same sums without a limit tell how much, and what the link stands idle beside that. It is the same work for a sum that takes
-a fifth of the time, and all hosts do it on the cores of this machine: what others have of these meanwhile is said, and is taken from the
-link's share, most of all with INT8. The bucket that limits the link lets BURST bytes through at once after a pause, 1.3 ms' worth at
-100 Mbit/s. TCP's congestion control is reno, in all namespaces: every kernel has it, while BBR, this machine's default or not, sends the
-less the longer acknowledgements wait behind what goes the other way.
+The link's share is the time that the bytes sent take at its rate, over the time of the sum. The rest is what devices do before, between and
+after, the same sums without a limit tell how much, and what the link stands idle beside that. All hosts do that on the cores of this
+machine, before its other processes where it may (SCHED_RR); what these have of the cores meanwhile is said. The bucket that limits the link
+lets BURST bytes through at once after a pause, 1.3 ms' worth at 100 Mbit/s. TCP's congestion control is reno, in all namespaces: every
+kernel has it, while BBR, this machine's default or not, sends the less the longer acknowledgements wait behind what goes the other way.
 """
 
 from __future__ import annotations
@@ -162,6 +161,8 @@ def hosts(count: int, mbit: int) -> Iterator[tuple[list[str], list[str]]]:
 
 def work(args: argparse.Namespace) -> int:
     """In the process of each host."""
+    with contextlib.suppress(PermissionError):  # of containers
+        os.sched_setscheduler(0, os.SCHED_RR, os.sched_param(1))
     from sharding import distributed
 
     distributed.start()
