@@ -86,16 +86,8 @@ OTHERS = {
         l2=100663296,
         lowered_as="NVIDIA L40",
     ),
-    "h200": Gpu(
-        device_kind="NVIDIA H200",
-        capability=(9, 0),
-        bandwidth=4.8e12,
-        matrix=989e12,
-        float32=66.9e12,
-        processors=132,
-        shared=232448,
-        memory=150754820096,
-        l2=52428800,
+    "h200": dataclasses.replace(  # the same chip, with other memory
+        GPUS["h100"], device_kind="NVIDIA H200", bandwidth=4.8e12, memory=150754820096
     ),
 }
 KNOWN = GPUS | OTHERS

@@ -11,7 +11,7 @@ from pallas_kernels.activation import reference
 from pallas_kernels.activation.output import ActivationOutput
 from pallas_kernels.kernel_math import ACTIVATIONS, drop
 from pallas_kernels.launch import gpu_refusal, launch
-from pallas_kernels.quantize.pallas import block, heuristic, scales_refusal, store_levels
+from pallas_kernels.quantize.pallas import block, heuristic, results, scales_refusal, store_results
 from pallas_kernels.tuning import tile_for
 
 
@@ -34,10 +34,7 @@ def _activation(x, bias, dropout, kind, gated, quant, out_dtype):
     tile = tile_for("activation", heuristic(width, group), width=width, gated=gated, group=group, dtype=str(x.dtype))
     given = {"x": x.reshape(rows, -1)} | ({} if bias is None else {"bias": bias})
     given |= {} if dropout is None else dropout.operands((*lead, width))
-    dtype = out_dtype if quant is None else jnp.dtype(jnp.float8_e4m3fn if quant.format == "fp8" else jnp.int8)
-    out = {"y": jax.ShapeDtypeStruct((rows, width), dtype)}
-    if quant is not None:
-        out["scales"] = jax.ShapeDtypeStruct((rows, -(-width // (quant.group or width))), jnp.float32)
+    out = results(rows, width, quant, out_dtype)
     found = launch(
         functools.partial(
             _kernel,
@@ -75,12 +72,7 @@ def _kernel(*refs, names, tile, rows, width, kind, gated, rate, group):
         y = y * part(width)
     if rate is not None:
         y = drop(y, rate, ref, pl.program_id(0) * tile.rows, pl.program_id(1) * tile.columns, rows)
-    places = block(tile, rows, width)
-    if "scales" in ref:
-        y = jnp.where(places.inside, y, 0.0)
-        store_levels(y, places, ref["y"], ref["scales"], tile=tile, rows=rows, width=width, group=group)
-    else:
-        triton.store(ref["y"].at[places.at], y.astype(ref["y"].dtype), mask=places.inside)
+    store_results(y, block(tile, rows, width), ref, tile=tile, rows=rows, width=width, group=group)
 
 
 def _forward(x, bias, dropout, *static):

@@ -15,7 +15,7 @@ from pallas_kernels.norm import reference
 from pallas_kernels.norm.output import NormOutput
 from pallas_kernels.norm.rows import rows_refusal
 from pallas_kernels.quantize.pallas import Tile as Block
-from pallas_kernels.quantize.pallas import block, scales_refusal, store_levels
+from pallas_kernels.quantize.pallas import block, results, scales_refusal, store_results
 from pallas_kernels.tuning import tile_for
 
 
@@ -65,12 +65,9 @@ def _norm(x, scale, bias, residual, dropout, kind, eps, activation, quant, out_d
     given = {"x": flat(x), "residual": flat(residual), "scale": scale, "bias": bias}
     given = {name: a for name, a in given.items() if a is not None}
     given |= {} if dropout is None else dropout.operands(x.shape)
-    dtype = out_dtype if quant is None else jnp.dtype(jnp.float8_e4m3fn if quant.format == "fp8" else jnp.int8)
-    out = {"y": jax.ShapeDtypeStruct((rows, width), dtype)}
+    out = results(rows, width, quant, out_dtype)
     if residual is not None:
         out["total"] = jax.ShapeDtypeStruct((rows, width), jnp.promote_types(x.dtype, residual.dtype))
-    if quant is not None:
-        out["scales"] = jax.ShapeDtypeStruct((rows, -(-width // (quant.group or width))), jnp.float32)
     columns = max(power_of_two(width), (quant and quant.group) or 1)
     kernel = functools.partial(
         _kernel,
@@ -117,10 +114,7 @@ def _kernel(*refs, names, tile, rows, width, kind, eps, activation, rate, group)
         y = ACTIVATIONS[activation](y)
     if rate is not None:
         y = drop(y, rate, ref, pl.program_id(0) * tile.rows, 0, rows)
-    if "scales" in ref:
-        store_levels(jnp.where(inside, y, 0.0), places, ref["y"], ref["scales"], tile=tile, rows=rows, width=width, group=group)
-    else:
-        triton.store(ref["y"].at[places.at], y.astype(ref["y"].dtype), mask=inside)
+    store_results(y, places, ref, tile=tile, rows=rows, width=width, group=group)
 
 
 def _forward(x, scale, bias, residual, dropout, *static):

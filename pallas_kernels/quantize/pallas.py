@@ -59,24 +59,29 @@ def quantize_activations(x, quant, max_over_shards):
     width, lead = x.shape[-1], x.shape[:-1]
     rows = x.size // width
     tile = tile_for("quantize_activations", heuristic(width, quant.group), width=width, group=quant.group, dtype=str(x.dtype))
-    groups = -(-width // (quant.group or width))
-    levels = jax.ShapeDtypeStruct((rows, width), jnp.float8_e4m3fn if quant.format == "fp8" else jnp.int8)
-    scales = jax.ShapeDtypeStruct((rows, groups), jnp.float32)
     levels, scales = launch(
         functools.partial(_kernel, tile=tile, rows=rows, width=width, group=quant.group),
         x.reshape(rows, width),
         name="quantize_activations",
-        out=(levels, scales),
+        out=tuple(results(rows, width, quant, x.dtype).values()),
         grid=(-(-rows // tile.rows), -(-width // tile.columns)),
         warps=tile.warps,
     )
-    return levels.reshape(*lead, width), scales.reshape(*lead, groups)
+    return levels.reshape(*lead, width), scales.reshape(*lead, scales.shape[-1])
+
+
+def results(rows: int, width: int, quant, dtype) -> dict[str, jax.ShapeDtypeStruct]:
+    """What a kernel writes whose y [rows, width] may be quantised: y of this dtype, or its levels and their scales."""
+    if quant is None:
+        return {"y": jax.ShapeDtypeStruct((rows, width), dtype)}
+    levels = jax.ShapeDtypeStruct((rows, width), jnp.float8_e4m3fn if quant.format == "fp8" else jnp.int8)
+    return {"y": levels, "scales": jax.ShapeDtypeStruct((rows, -(-width // (quant.group or width))), jnp.float32)}
 
 
 def _kernel(x_ref, levels_ref, scales_ref, *, tile, rows, width, group):
     places = block(tile, rows, width)
     x = triton.load(x_ref.at[places.at], mask=places.inside, other=0.0).astype(jnp.float32)
-    store_levels(x, places, levels_ref, scales_ref, tile=tile, rows=rows, width=width, group=group)
+    store_results(x, places, {"y": levels_ref, "scales": scales_ref}, tile=tile, rows=rows, width=width, group=group)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,20 +102,28 @@ def block(tile, rows: int, width: int, first: int = 0) -> Places:
     return Places(at=(pl.ds(row, tile.rows), pl.ds(first + column, tile.columns)), inside=inside)
 
 
-def store_levels(y, places: Places, levels_ref, scales_ref, *, tile, rows, width, group) -> None:
-    """Write a block y, zeros outside, as levels and scales."""
-    size = group or tile.columns
-    parts = y.reshape(tile.rows, tile.columns // size, size)
-    top = FP8_MAX if levels_ref.dtype == jnp.float8_e4m3fn else 127.0
+def store_results(y, places: Places, ref, *, tile, rows, width, group) -> None:
+    """Write a block y, as levels and scales where the references of `results` have these."""
+    y_ref = ref["y"]
+    if "scales" not in ref:
+        triton.store(y_ref.at[places.at], y.astype(y_ref.dtype), mask=places.inside)
+        return
+    size, top = group or tile.columns, _top(y_ref.dtype)
+    parts = jnp.where(places.inside, y, 0.0).reshape(tile.rows, tile.columns // size, size)
     scales = jnp.max(jnp.abs(parts), 2) * (1 / top)
     levels = jnp.clip(parts / jnp.where(scales == 0, 1.0, scales)[:, :, None], -top, top).reshape(tile.rows, tile.columns)
-    triton.store(levels_ref.at[places.at], of_dtype(levels, levels_ref.dtype), mask=places.inside)
+    triton.store(y_ref.at[places.at], of_dtype(levels, y_ref.dtype), mask=places.inside)
     shape = scales.shape
     row, column = pl.program_id(0) * tile.rows, pl.program_id(1) * shape[1]
     inside = (row + lax.broadcasted_iota(jnp.int32, shape, 0) < rows) & (
         column + lax.broadcasted_iota(jnp.int32, shape, 1) < -(-width // size)
     )
-    triton.store(scales_ref.at[pl.ds(row, shape[0]), pl.ds(column, shape[1])], scales, mask=inside)
+    triton.store(ref["scales"].at[pl.ds(row, shape[0]), pl.ds(column, shape[1])], scales, mask=inside)
+
+
+def _top(dtype) -> float:
+    """The largest level of a byte."""
+    return FP8_MAX if dtype == jnp.float8_e4m3fn else 127.0
 
 
 def supports_quantize_weights(target, facts) -> bool | str:
@@ -177,7 +190,7 @@ def _weights_kernel(w_ref, values_ref, scales_ref, *zeros_ref, tile, rows, width
         parts = [p - stored.astype(jnp.float32)[:, :, None] for p in parts]
     else:
         largest = functools.reduce(jnp.maximum, (jnp.max(jnp.abs(p), 2) for p in parts))
-        top = 7.0 if half else FP8_MAX if values_ref.dtype == jnp.float8_e4m3fn else 127.0
+        top = 7.0 if half else _top(values_ref.dtype)
         scales = (largest / top).astype(scales_ref.dtype)
     steps = scales.astype(jnp.float32)
     steps = jnp.where(steps == 0, 1.0, steps)[:, :, None]
@@ -190,7 +203,7 @@ def _weights_kernel(w_ref, values_ref, scales_ref, *zeros_ref, tile, rows, width
         packed = nibbles[0].astype(jnp.int32) | (nibbles[1].astype(jnp.int32) << 4)
         value = packed.astype(jnp.uint8)
     else:
-        top = FP8_MAX if values_ref.dtype == jnp.float8_e4m3fn else 127.0
+        top = _top(values_ref.dtype)
         value = of_dtype(jnp.clip(levels[0], -top, top), values_ref.dtype)
     column = pl.program_id(1) * n + byte
     triton.store(values_ref.at[at(column)], value, mask=inside(column, width // per_byte))
