@@ -29,7 +29,7 @@ from pallas_kernels.attention.pallas_kernel import (
 )
 from pallas_kernels.attention.reference import distance_bias
 from pallas_kernels.attention.terms import last_keys
-from pallas_kernels.kernel_math import LOG2_E, masked_slice, power_of_two
+from pallas_kernels.kernel_math import LOG2_E, exp2, masked_slice, power_of_two
 from pallas_kernels.launch import launch
 from pallas_kernels.tuning import tile_for
 
@@ -150,7 +150,7 @@ def _dq_kernel(*refs, names, shape):
         scores, bend = capped(dot(q, k, across=True), shape)
         scores = biased(scores, ref, shape, queries, keys[None], column)
         kept = seen(ref, shape, queries, keys[None], column)
-        weights = jnp.where(kept, jnp.exp2(scores * LOG2_E - lse[:, None]), 0.0)
+        weights = jnp.where(kept, exp2(scores * LOG2_E - lse[:, None]), 0.0)
         change = weights * (dot(gradient, v, across=True) - delta[:, None])
         return total + dot(change if bend is None else change * bend, k, across=False)
 
@@ -178,7 +178,7 @@ def _dkv_kernel(*refs, names, shape):
         scores, bend = capped(dot(k, q, across=True), shape)  # [keys, queries]
         scores = biased(scores, ref, shape, queries, keys[:, None], row)
         kept = seen(ref, shape, queries, keys[:, None], row)
-        weights = jnp.where(kept, jnp.exp2(scores * LOG2_E - lse[None]), 0.0)
+        weights = jnp.where(kept, exp2(scores * LOG2_E - lse[None]), 0.0)
         change = weights * (dot(v, gradient, across=True) - delta[None])
         change = change if bend is None else change * bend
         return dk + dot(change, q, across=False), dv + dot(weights, gradient, across=False)

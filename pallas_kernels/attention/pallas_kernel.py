@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.kernel_math import LOG2_E, masked_slice
+from pallas_kernels.kernel_math import LOG2_E, exp2, masked_slice
 from pallas_kernels.launch import NARROWEST_FP8, kernel_precision
 from pallas_kernels.precision import in_bfloat16
 
@@ -182,7 +182,9 @@ def forward(*refs, names, shape):
     split = part if tile.splits > 1 else 0
     first = (shape.blocks - 1 - part) * tile.queries if shape.blocks > 1 else 0
     queries = queries_of(ref, shape, b, head, first, tile.queries)
-    q = heads_of(ref, "q", queries, shape, b) * shape.scale
+    # scores are logarithms to base 2 as they come out of the product, where nothing bends them or is added
+    plain = shape.soft_cap is None and "slopes" not in ref and "relative" not in ref
+    q = heads_of(ref, "q", queries, shape, b) * (shape.scale * LOG2_E if plain else shape.scale)
     column = lambda a: a[:, None]
 
     # in equal parts of whole steps
@@ -212,15 +214,16 @@ def forward(*refs, names, shape):
         if "k_scale" in ref:
             scores = scores * load("k_scale", start, keys)[None]
         scores, _ = capped(scores, shape)
-        scores = biased(scores, ref, shape, queries, keys[None], column) * LOG2_E
+        scores = biased(scores, ref, shape, queries, keys[None], column)
+        scores = scores if plain else scores * LOG2_E
         if masked:
             kept = seen(ref, shape, queries, keys[None], column)
             scores = jnp.where(kept, scores, NOTHING)
         new = jnp.maximum(largest, jnp.max(scores, 1))
-        weights = jnp.exp2(scores - new[:, None])
+        weights = exp2(scores - new[:, None])
         if masked:
             weights = jnp.where(kept, weights, 0.0)  # where a row sees nothing yet, largest is NOTHING too
-        shrink = jnp.exp2(largest - new)
+        shrink = exp2(largest - new)
         total = total * shrink + jnp.sum(weights, 1)
         if "v_scale" in ref:
             weights = weights * load("v_scale", start, keys)[None]
@@ -245,8 +248,8 @@ def forward(*refs, names, shape):
     if "sinks" in ref:
         sink = per_head(ref, "sinks", queries) * LOG2_E
         new = jnp.maximum(largest, sink)
-        shrink = jnp.exp2(largest - new)
-        sums, largest, total = sums * shrink[:, None], new, total * shrink + jnp.exp2(sink - new)
+        shrink = exp2(largest - new)
+        sums, largest, total = sums * shrink[:, None], new, total * shrink + exp2(sink - new)
     triton.store(
         ref["out"].at[where], (sums / jnp.where(total == 0, 1.0, total)[:, None]).astype(ref["out"].dtype), mask=inside
     )
@@ -266,7 +269,7 @@ def reduce(*refs, names, shape):
     if "sinks" in ref:
         sink = ref["sinks"][member].astype(jnp.float32) * LOG2_E
         top = jnp.maximum(top, sink)
-    weights = jnp.exp2(largest - top)
+    weights = exp2(largest - top)
     mask = jnp.broadcast_to((jnp.arange(shape.width) < shape.size)[None], (splits, shape.width))
     sums = triton.load(
         ref["sums"].at[b, head, masked_slice(0, splits), query, masked_slice(0, shape.width)], mask=mask, other=0.0

@@ -35,7 +35,7 @@ from pallas_kernels.attention.pallas_kernel import (
     span,
     zero_of,
 )
-from pallas_kernels.kernel_math import LOG2_E, masked_slice, power_of_two
+from pallas_kernels.kernel_math import LOG2_E, exp2, masked_slice, power_of_two
 from pallas_kernels.latent_attention import reference
 from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.target import current_target
@@ -158,8 +158,9 @@ def _kernel(*refs, names, shape, rotated):
     row = b if "rows" not in ref else ref["rows"][b]
     queries = queries_of(ref, shape, b, 0, block * tile.queries, tile.queries)
     turned = dataclasses.replace(shape, size=rotated, width=max(SMALLEST, power_of_two(rotated)))
-    q = heads_of(ref, "q", queries, shape, b) * shape.scale
-    q_turned = heads_of(ref, "q", queries, turned, b, first=shape.size) * shape.scale if rotated else None
+    scale = shape.scale * LOG2_E  # scores are logarithms to base 2 as they come out of the product
+    q = heads_of(ref, "q", queries, shape, b) * scale
+    q_turned = heads_of(ref, "q", queries, turned, b, first=shape.size) * scale if rotated else None
 
     begin, end = span(ref, shape, queries, tile.keys)
     steps = (jnp.maximum(end - begin, 0) + tile.keys - 1) // tile.keys
@@ -191,10 +192,10 @@ def _kernel(*refs, names, shape, rotated):
             scales = triton.load(ref["scales"].at[at, pl.ds(inside, tile.keys)], mask=keys < end, other=0.0)[None]
             scores = scores * scales
         kept = seen(ref, shape, queries, keys[None], lambda a: a[:, None])
-        scores = jnp.where(kept, scores * LOG2_E, NOTHING)
+        scores = jnp.where(kept, scores, NOTHING)
         new = jnp.maximum(largest, jnp.max(scores, 1))
-        weights = jnp.where(kept, jnp.exp2(scores - new[:, None]), 0.0)
-        shrink = jnp.exp2(largest - new)
+        weights = jnp.where(kept, exp2(scores - new[:, None]), 0.0)
+        shrink = exp2(largest - new)
         total = total * shrink + jnp.sum(weights, 1)
         if "scales" in ref:
             weights = weights * scales

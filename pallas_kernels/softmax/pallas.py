@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.kernel_math import LOG2_E, masked_slice, power_of_two
+from pallas_kernels.kernel_math import LOG2_E, exp2, masked_slice, power_of_two
 from pallas_kernels.launch import gpu_refusal, launch
 from pallas_kernels.softmax.reference import LEAST
 from pallas_kernels.tuning import tile_for
@@ -68,7 +68,7 @@ def _kernel(*refs, names, tile, rows, width, scale):
         return place, inside, kept, jnp.where(kept, x * scale, LEAST)
 
     def weights(x, kept, largest):
-        return jnp.where(kept, jnp.exp2(x - largest), 0.0)
+        return jnp.where(kept, exp2(x - largest), 0.0)
 
     def store(place, inside, y, total):
         y = y / jnp.where(total == 0, 1.0, total)
@@ -85,7 +85,7 @@ def _kernel(*refs, names, tile, rows, width, scale):
         largest, total = carry
         _, _, kept, x = load(step)
         new = jnp.maximum(largest, jnp.max(x, 1, keepdims=True))
-        return new, total * jnp.exp2(largest - new) + jnp.sum(weights(x, kept, new), 1, keepdims=True)
+        return new, total * exp2(largest - new) + jnp.sum(weights(x, kept, new), 1, keepdims=True)
 
     start = jnp.full((tile.rows, 1), LEAST, jnp.float32), jnp.zeros((tile.rows, 1), jnp.float32)
     largest, total = lax.fori_loop(0, steps, summed, start)

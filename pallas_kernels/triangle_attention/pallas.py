@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 
-from pallas_kernels.kernel_math import LOG2_E, masked_slice, power_of_two
+from pallas_kernels.kernel_math import LOG2_E, exp2, masked_slice, power_of_two
 from pallas_kernels.launch import gpu_refusal, kernel_precision, launch
 from pallas_kernels.tuning import tile_for
 
@@ -167,7 +167,7 @@ def _changes(ref, shape: _Shape, q, k, v, gradient, row, query, key, head):
     count = shape.tile.queries
     scores, inside = _scores(ref, shape, q, k, row, query, key, head)
     lse, delta = (_numbers(ref[name], shape, row, query, count, head) for name in ("lse", "delta"))
-    weights = jnp.where(inside, jnp.exp2(scores - lse[:, None]), 0.0)
+    weights = jnp.where(inside, exp2(scores - lse[:, None]), 0.0)
     return weights, weights * (_dot(gradient, v, (1, 1)) - delta[:, None])
 
 
@@ -183,8 +183,8 @@ def _forward_kernel(*refs, names, shape):
         scores, inside = _scores(ref, shape, q, k, row, query, key, head)
         scores = jnp.where(inside, scores, NOTHING)
         new = jnp.maximum(largest, jnp.max(scores, 1))
-        weights = jnp.where(inside, jnp.exp2(scores - new[:, None]), 0.0)
-        shrink = jnp.exp2(largest - new)
+        weights = jnp.where(inside, exp2(scores - new[:, None]), 0.0)
+        shrink = exp2(largest - new)
         return sums * shrink[:, None] + _dot(weights, v, (1, 0)), new, total * shrink + jnp.sum(weights, 1)
 
     count = tile.queries
