@@ -27,10 +27,9 @@ class Tile:
     warps: int
 
 
-def heuristic(width: int) -> Tile:
-    """Eight to sixteen elements a thread, and blocks of at least 1024 elements."""
-    block = power_of_two(width)
-    return Tile(rows=max(1, 1024 // block), warps=min(32, max(1, block // 512)) if block > 1024 else 4)
+def heuristic(columns: int) -> Tile:
+    """Eight to sixteen elements a thread, and blocks of at least 1024 elements. columns: of a block, a power of two."""
+    return Tile(rows=max(1, 1024 // columns), warps=min(32, max(1, columns // 512)) if columns > 1024 else 4)
 
 
 def _supports(target, facts) -> bool | str:
@@ -60,7 +59,8 @@ def fused_norm(x, scale, bias, *, kind, eps, residual, activation, dropout, quan
 def _norm(x, scale, bias, residual, dropout, kind, eps, activation, quant, out_dtype):
     width, lead = x.shape[-1], x.shape[:-1]
     rows = x.size // width
-    tile = tile_for("norm", heuristic(width), width=width, dtype=str(x.dtype), kind=kind)
+    columns = max(power_of_two(width), (quant and quant.group) or 1)
+    tile = tile_for("norm", heuristic(columns), width=width, dtype=str(x.dtype), kind=kind)
     flat = lambda a: None if a is None else a.reshape(-1, width)
     given = {"x": flat(x), "residual": flat(residual), "scale": scale, "bias": bias}
     given = {name: a for name, a in given.items() if a is not None}
@@ -68,7 +68,6 @@ def _norm(x, scale, bias, residual, dropout, kind, eps, activation, quant, out_d
     out = results(rows, width, quant, out_dtype)
     if residual is not None:
         out["total"] = jax.ShapeDtypeStruct((rows, width), jnp.promote_types(x.dtype, residual.dtype))
-    columns = max(power_of_two(width), (quant and quant.group) or 1)
     kernel = functools.partial(
         _kernel,
         names=(*given, *out),
