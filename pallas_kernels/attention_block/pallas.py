@@ -12,9 +12,8 @@ from pallas_kernels.attention import attention
 from pallas_kernels.launch import gpu_refusal
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.norm import norm
-from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
-from pallas_kernels.quant_matmul.tiles import SMALL
+from pallas_kernels.quant_matmul.terms import inputs_dtype
 from pallas_kernels.rope_cache import reference as rope_reference
 from pallas_kernels.rope_cache.pallas import WIDEST, HeadNorm, cache_refusal, rope_cache_joined
 
@@ -45,10 +44,7 @@ def attention_block(x, weights, cache, *, spec, angles, positions, rows, write, 
         q, cache = _turn_and_write(spec, heads, norms, angles, cache, rows, positions, write)
     with jax.named_scope("attention"):
         scores = {"scale": spec.scale, "soft_cap": spec.soft_cap, "window": window, "terms": terms}
-        # XLA's product of many rows takes its operands in the dtype of the weight
-        wide = B * T <= SMALL or isinstance(weights.out, QTensor)
-        out_dtype = jnp.float32 if wide else weights.out.dtype
-        o = attention(q, cache, rows=rows, positions=positions, out_dtype=out_dtype, **scores)
+        o = attention(q, cache, rows=rows, positions=positions, out_dtype=inputs_dtype(weights.out, B * T), **scores)
     with jax.named_scope("out"):
         shards = {"lead": lead, "max_over_shards": max_over_shards}
         biases = () if weights.out_bias is None else (weights.out_bias,)

@@ -17,11 +17,11 @@ from pallas_kernels import gpus
 from pallas_kernels.launch import NARROWEST_FP8, gpu_refusal, launch
 from pallas_kernels.moe import reference as moe_reference
 from pallas_kernels.norm import fused_norm
-from pallas_kernels.precision import in_bfloat16
 from pallas_kernels.qtensor import QTensor, packing_block
 from pallas_kernels.quant_matmul import fused
 from pallas_kernels.quant_matmul.decoding import BYTES, NIBBLES, stored
 from pallas_kernels.quant_matmul.pallas_kernel import Spec, kernel
+from pallas_kernels.quant_matmul.terms import inputs_dtype, terms
 from pallas_kernels.quant_matmul.tiles import SMALL, Problem, check, heuristic, rows_of_expert
 from pallas_kernels.quantize import quantize_activations
 from pallas_kernels.target import current_target
@@ -129,7 +129,9 @@ def fused_matmul(operands: fused.Operands, call: fused.Call):
     x_scales = None
     if call.kind is not None and not norm_inside:
         # a norm sees whole rows, so that its output has scales without other shards
-        made = fused_norm(x, operands.scale, operands.norm_bias, kind=call.kind, eps=call.eps, quant=quant)
+        dtype = inputs_dtype(first, rows) if isinstance(first, QTensor) and x.dtype == jnp.float32 else x.dtype
+        how = {"kind": call.kind, "eps": call.eps, "quant": quant, "out_dtype": dtype}
+        made = fused_norm(x, operands.scale, operands.norm_bias, **how)
         x, x_scales = made.y, made.scales
     elif quant is not None:
         x, x_scales = quantize_activations(x, quant, call.max_over_shards)
@@ -235,7 +237,7 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None,
         experts=min(rows, experts.count) if experts else 1,
     )
     if not levels:
-        problem = dataclasses.replace(problem, terms=_terms(x, first, problem.rows))
+        problem = dataclasses.replace(problem, terms=terms(x.dtype, first, problem.rows))
     gpu = gpus.describe(current_target().device_kind)
     key = dataclasses.asdict(problem) | {"format": first.format if quantised else str(first.dtype)}
     tile = tile_for("quant_matmul", heuristic(problem, gpu), **key)
@@ -285,10 +287,3 @@ def _product(x, x_scales, weights, biases, *, residual, normed, call, lead=None,
         warps=tile.warps,
         stages=tile.stages,
     )
-
-
-def _terms(x, w, rows: int) -> int:
-    """How many bfloat16 an element of x becomes: two, 16 bits of it, where more is wanted of float32 than bfloat16 and the levels of the
-    weight are exact."""
-    rounded = not isinstance(w, QTensor) or (w.group is not None and rows > SMALL) or w.format == "nf4"
-    return 2 if x.dtype == jnp.float32 and not in_bfloat16() and not rounded else 1

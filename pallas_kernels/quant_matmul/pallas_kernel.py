@@ -183,10 +183,11 @@ def kernel(*refs, spec: Spec) -> None:
             levels = values(part, step)
             if spec.before:
                 levels = [_scaled(v, scale, shift).astype(spec.dtype) for v in levels]
-            product = total_of(dot(v, x) for v, (x, _) in zip(levels, columns, strict=True))
+            products = (dot(v, x) for v, (x, _) in zip(levels, columns, strict=True))
             if not stepwise or spec.before:
-                product = acc + product
+                product = functools.reduce(operator.add, products, acc)  # one by one, so that tensor cores add them up
             else:
+                product = total_of(products)
                 product = acc + product.astype(jnp.float32) * scale
                 if shift is not None:
                     ones = jnp.full((R, columns[0][0].shape[0]), 1, spec.dtype)

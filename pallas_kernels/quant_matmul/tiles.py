@@ -26,6 +26,7 @@ WARPGROUPS = (9, 0)  # Hopper: the first whose tensor cores are given work by fo
 LATENCY = 7e-7  # seconds of a load while memory is busy, twice those of an idle one (270 to 330 ns: Luo et al. 2024, arXiv:2402.13499)
 MOST_STAGES = 8
 BUSY = 0.4  # of the processors, which can draw all of the bandwidth if each has enough under way
+COLUMNS = 8  # of a tensor core's product, at least
 _COLUMNS = {16: 64, 8: 32, 4: 16}  # by bits: beyond, tensor cores and not memory would set the pace
 
 
@@ -123,9 +124,13 @@ def _shared(tile: Tile, p: Problem) -> int:
 
 def _small(p: Problem, processors: int) -> Tile:
     rows = power_of_two(p.rows)
-    free = max(1, _COLUMNS[p.bits] // (rows * p.terms))
+    columns = rows * p.terms
+    few = p.experts * -(-p.outputs // 64) < 4 * processors
+    if p.bits < 16 and columns * _groups(p) <= COLUMNS:
+        return _spread(p, rows, few, processors)
+    free = max(1, _COLUMNS[p.bits] // columns)
     row_bytes = 1024 // p.bits  # inputs in 128 bytes of an output
-    most = 4096 // (rows * p.terms)  # so that a step's columns of x take no more than 16 KiB
+    most = 4096 // columns  # so that a step's columns of x take no more than 16 KiB
     if p.group is None:
         inputs = min(max(32, power_of_two(p.inputs)), 2 * row_bytes, most)
     else:
@@ -134,7 +139,6 @@ def _small(p: Problem, processors: int) -> Tile:
         unit = min(p.group, row_bytes)
         inputs = unit * max(1, min(free, row_bytes // unit))
         free = max(1, free // (inputs // unit))
-    few = p.experts * -(-p.outputs // 64) < 4 * processors
     splits = 2 if few and free >= 2 and p.inputs >= 4 * inputs else 1
     outputs = 32 if few else 64
     # every program reads all of x, from the second-level cache: of many rows and few bits as much as a narrow program's weights or more
@@ -146,6 +150,36 @@ def _small(p: Problem, processors: int) -> Tile:
     return Tile(rows=rows, outputs=outputs, inputs=inputs, splits=splits, warps=2 if outputs * splits == 32 else 4, stages=4)
 
 
+def _groups(p: Problem) -> int:
+    """Groups in a sector of 32 bytes of an output, one at least."""
+    return 1 if p.group is None else max(1, 256 // p.bits // p.group)
+
+
+def _spread(p: Problem, rows: int, few: bool, processors: int) -> Tile:
+    """Of few rows and few bits, where what unpacks levels and prepares x is more than what multiplies. The columns that a product has in
+    any case go to parts of the inputs, each of which meets levels of its own, and to groups, all but one of whose columns are zeros, only
+    as far as a step has a sector of 32 bytes of an output. Four warps have a tile of the tensor core each; a processor that has one
+    program takes it by eight, if its step is long enough, so that of two that share a scheduler one unpacks while the other waits."""
+    spare, outputs = COLUMNS // (rows * p.terms), 32 if few else 64
+    least, splits = 64 // outputs, 128 // outputs
+    if p.group is None:
+        splits = max(least, min(splits, spare))
+        inputs = (1 << 17) // p.bits // (outputs * splits)
+    else:
+        unit, groups = min(p.group, 128), _groups(p)
+        # shifts of as many groups take more than parts save
+        splits = least if p.shifted and groups > 1 else max(least, min(splits, spare // groups))
+        most = (512 if p.shifted else 1024) // p.bits // unit
+        inputs = unit * max(groups, min(spare // splits, most))
+    inputs = min(inputs, max(32, power_of_two(p.inputs)))
+    while splits > 1 and p.inputs < 2 * splits * inputs:
+        splits //= 2
+    alone = p.experts * -(-p.outputs // outputs) < 2 * processors
+    long = outputs * splits * inputs * p.bits >= 1 << 16
+    warps = 8 if alone and long and outputs * splits == 128 else min(4, outputs * splits // 16)
+    return Tile(rows=rows, outputs=outputs, inputs=inputs, splits=splits, warps=warps, stages=4)
+
+
 def _large(p: Problem, gpu: Gpu) -> Tile:
     # sums of two weights and two terms of x are more than Blackwell's copies from its tensor memory leave registers for
     heavy = gpu.capability >= (10, 0) and p.parts * p.terms > 2
@@ -154,8 +188,11 @@ def _large(p: Problem, gpu: Gpu) -> Tile:
     # a scale after each step needs the sums and the step's product in registers at once; where warps multiply by themselves, nibbles
     # that are being unpacked leave no place for as many sums
     crowded = (p.quantised and p.group) or (p.bits == 4 and gpu.capability < WARPGROUPS)
-    wide = p.terms == 1 and p.rows > 64 and p.parts == 1 and not crowded
-    return Tile(rows=128 if wide else rows, outputs=128 if p.parts == 1 else 64, inputs=inputs, splits=1, warps=8, stages=3)
+    # a warpgroup of Hopper takes 64 outputs: two would hand each other what they unpack, through shared memory
+    paired = p.parts == 2 and WARPGROUPS <= gpu.capability < (10, 0)
+    wide = p.terms == 1 and p.rows > 64 and (p.parts == 1 or paired) and not crowded
+    rows, outputs = 128 if wide else rows, 128 if p.parts == 1 else 64
+    return Tile(rows=rows, outputs=outputs, inputs=inputs, splits=1, warps=4 if paired else 8, stages=3)
 
 
 def check(tile: Tile, p: Problem) -> None:
