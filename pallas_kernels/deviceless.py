@@ -42,17 +42,23 @@ device_description_str: "{kind}"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Kernel:
-    """One kernel of a compiled program. spilled: bytes of registers kept in local memory. widest_load: bytes of global memory that one
+class Entry:
+    """A kernel as its PTX describes it. shared: bytes that it is given when it is launched. widest_load: bytes of global memory that one
     thread reads in its widest instruction. tensor_cores: the first instruction of theirs that it uses, or ""."""
 
     name: str
-    registers: int
-    spilled: int
     shared: int
     threads: int
     widest_load: int
     tensor_cores: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Kernel(Entry):
+    """One kernel of a compiled program, as ptxas leaves it. spilled: bytes of registers kept in local memory."""
+
+    registers: int
+    spilled: int
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,7 @@ class Compiled:
 _OF_XLA = ("fusion", "wrapped_", "input_", "loop_")
 
 
-def is_ours(kernel: Kernel) -> bool:
+def is_ours(kernel: Entry) -> bool:
     """Whether a kernel was written here, and is none that XLA made of what stands around it."""
     return not any(part in kernel.name for part in _OF_XLA)
 
@@ -119,15 +125,49 @@ def compile_for(name: str, function: Callable[..., Any], *args: Any) -> Compiled
 
 def inspect(lowered: Any) -> Compiled:
     """Compile what was lowered for a GPU, and read what came out."""
-    with tempfile.TemporaryDirectory() as folder, without_compilation_cache():
-        compiled = lowered.compile(compiler_options={"xla_dump_to": folder, "xla_dump_emitter_re": ".*ptx.*"})
-        ptx = [path.read_text() for path in sorted(Path(folder).glob("*.ptx"))]
-        thunks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
-    shared = {name: int(size) for name, size in re.findall(r"(\S+) grid: .*shared_memory: (\d+) bytes", thunks)}
-    kernels = tuple(kernel for part in ptx if part.strip() for kernel in kernels_of(part, shared))
+    compiled, ptx, thunks = _dumped(lowered)
+    kernels = tuple(kernel for part in ptx for kernel in kernels_of(part, _shared(thunks)))
     started = re.findall(r"^\s*\d+: (k\w+) *(?:\[[^\]]*\])? *(?:(\S+) grid:)?", thunks, re.M)
     return Compiled(
         text=compiled.as_text(), kernels=kernels, launches=tuple(name or kind for kind, name in started), executable=compiled
+    )
+
+
+def entries(lowered: Any) -> tuple[Entry, ...]:
+    """Compile what was lowered for a GPU, and read its PTX: half of what `inspect` takes. Raises BackendError where registers spill."""
+    try:
+        _, ptx, thunks = _dumped(lowered, xla_gpu_fail_ptx_compilation_on_register_spilling=True)
+    except jax.errors.JaxRuntimeError as error:
+        raise BackendError(f"XLA refuses a kernel: {str(error)[:2000]}") from error
+    return tuple(_entry(name, body, _shared(thunks)) for part in ptx for name, body in _bodies(part).items())
+
+
+def _dumped(lowered: Any, **options: Any) -> tuple[jax.stages.Compiled, list[str], str]:
+    """A program compiled, its modules of PTX, and what its thunks are."""
+    with tempfile.TemporaryDirectory() as folder, without_compilation_cache():
+        dump = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*ptx.*"}
+        compiled = lowered.compile(compiler_options=dump | options)
+        ptx = [text for path in sorted(Path(folder).glob("*.ptx")) if (text := path.read_text()).strip()]
+        thunks = "\n".join(path.read_text() for path in sorted(Path(folder).glob("*thunk_sequence.txt")))
+    return compiled, ptx, thunks
+
+
+def _shared(thunks: str) -> dict[str, int]:
+    return {name: int(size) for name, size in re.findall(r"(\S+) grid: .*shared_memory: (\d+) bytes", thunks)}
+
+
+def _bodies(ptx: str) -> dict[str, str]:
+    return dict(re.findall(r"\.entry ([\w$]+)\((.*?)(?=\.entry |\Z)", ptx, re.S))
+
+
+def _entry(name: str, body: str, shared: Mapping[str, int]) -> Entry:
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", body)
+    return Entry(
+        name=name,
+        shared=shared.get(name, 0),
+        threads=int(threads[1]) if threads else 0,
+        widest_load=_widest_load(body),
+        tensor_cores=next(iter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*", body)), ""),
     )
 
 
@@ -171,23 +211,13 @@ def kernels_of(ptx: str, shared: Mapping[str, int] = MappingProxyType({})) -> li
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise BackendError(f"ptxas refuses a kernel: {done.stderr[-2000:]}")
-    found = []
-    bodies = dict(re.findall(r"\.entry ([\w$]+)\((.*?)(?=\.entry |\Z)", ptx, re.S))
+    found, bodies = [], _bodies(ptx)
     for entry in _ENTRY.finditer(done.stderr + done.stdout):
-        body = bodies.get(entry["name"], "")
         static = re.search(r"(\d+) bytes smem", entry["rest"])
-        threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", body)
-        found.append(
-            Kernel(
-                name=entry["name"],
-                registers=int(entry["registers"]),
-                spilled=int(entry["stores"]) + int(entry["loads"]),
-                shared=shared.get(entry["name"], 0) + (int(static[1]) if static else 0),
-                threads=int(threads[1]) if threads else 0,
-                widest_load=_widest_load(body),
-                tensor_cores=next(iter(re.findall(r"\b(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*", body)), ""),
-            )
-        )
+        as_written = dataclasses.asdict(_entry(entry["name"], bodies.get(entry["name"], ""), shared))
+        as_written["shared"] += int(static[1]) if static else 0
+        spilled = int(entry["stores"]) + int(entry["loads"])
+        found.append(Kernel(**as_written, registers=int(entry["registers"]), spilled=spilled))
     return found
 
 

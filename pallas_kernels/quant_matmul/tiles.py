@@ -143,9 +143,10 @@ def _small(p: Problem, processors: int) -> Tile:
     outputs = 32 if few else 64
     # every program reads all of x, from the second-level cache: of many rows and few bits as much as a narrow program's weights or more
     x_bits = 8 * (1 if p.quantised else 4 if p.terms == 2 else 2)
-    while (
-        outputs < 64 and outputs < rows * x_bits // p.bits and p.experts * -(-p.outputs // (2 * outputs)) >= BUSY * processors
-    ):
+    if p.normed and splits * columns > 16:
+        splits = 1  # parts have a scale each for every element of x, which a norm goes through
+    heavy = outputs < rows * x_bits // p.bits or (p.normed and 2 * columns > 16)
+    if outputs < 64 and heavy and p.experts * -(-p.outputs // (2 * outputs)) >= BUSY * processors:
         outputs, splits = 2 * outputs, 1
     return Tile(rows=rows, outputs=outputs, inputs=inputs, splits=splits, warps=2 if outputs * splits == 32 else 4, stages=4)
 

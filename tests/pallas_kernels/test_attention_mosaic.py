@@ -119,10 +119,13 @@ def test_it_is_offered_on_hopper_only(rng):
 @pytest.mark.aot
 @pytest.mark.parametrize(
     ("name", "dtype", "windowed", "lengths"),
-    [
-        ("llama_3_1_8b", "bfloat16", False, False),
-        slow("gemma_2_9b", "bfloat16", True, True),
-        slow("smollm2_135m", "float16", True, False),
+    [("llama_3_1_8b", "bfloat16", False, False)]
+    + [
+        slow(name, dtype, windowed, dtype == "bfloat16")
+        for name, spec in SPECS.items()
+        if spec.head_dim % 64 == 0
+        for dtype in ("bfloat16", "float16")
+        for windowed in (False, True)
     ],
 )
 def test_compiles_for_hopper(name, dtype, windowed, lengths, tmp_path, monkeypatch):

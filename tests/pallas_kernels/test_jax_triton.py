@@ -10,13 +10,16 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
+from kernel_checks import GPU_NAMES
 
 from pallas_kernels.deviceless import compile_for, kernels_of
 from pallas_kernels.errors import BackendError
 from pallas_kernels.jax_triton import register_triton
 from pallas_kernels.norm import fused_norm, rms_norm
+from pallas_kernels.norm.specs import SPECS as NORMS
 from pallas_kernels.qtensor import round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.quant_matmul.specs import SPECS as MATMULS
 from pallas_kernels.registry import choose, unregister
 from pallas_kernels.target import Target
 
@@ -104,32 +107,41 @@ def resources(tmp_path, monkeypatch):
 
 @pytest.mark.aot
 @pytest.mark.slow
+@pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize(
-    ("gpu", "group", "symmetric", "rows"), [("a100", 128, True, 1), ("h100", 64, False, 8), ("b200", 32, True, 4)]
+    ("name", "group", "symmetric", "rows"),
+    [
+        (name, group, symmetric, rows)
+        for name in ("llama_3_1_8b.q", "llama_3_1_8b.down", "smollm2_135m.gate")
+        for group, symmetric, rows in ((128, True, 1), (64, False, 8), (32, True, 4))
+        if MATMULS[name].inputs % group == 0
+    ],
 )
-def test_compiles_for_gpus(resources, gpu, group, symmetric, rows):
+def test_compiles_for_gpus(resources, gpu, name, group, symmetric, rows):
+    spec = MATMULS[name]
     w = jax.eval_shape(
         lambda w: round_to_nearest(w, format="int4", group=group, symmetric=symmetric),
-        jax.ShapeDtypeStruct((4096, 4096), jnp.float32),
+        jax.ShapeDtypeStruct((spec.outputs, spec.inputs), jnp.float32),
     )
     run = lambda x, w: quant_matmul(x, w, implementation="jax_triton")
-    kernel = resources(gpu, run, jax.ShapeDtypeStruct((rows, 4096), jnp.float32), w)
+    kernel = resources(gpu, run, jax.ShapeDtypeStruct((rows, spec.inputs), jnp.float32), w)
     assert kernel.tensor_cores
 
 
 @pytest.mark.aot
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("gpu", "width", "dtype", "full"),
-    [("a100", 4096, "float32", False), ("h100", 8192, "bfloat16", True), ("b200", 576, "bfloat16", False)],
-)
-def test_a_norm_compiles_for_gpus(resources, gpu, width, dtype, full):
-    row, vector = jax.ShapeDtypeStruct((7, width), dtype), jax.ShapeDtypeStruct((width,), jnp.float32)
+@pytest.mark.parametrize("gpu", GPU_NAMES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("name", NORMS)
+def test_a_norm_compiles_for_gpus(resources, gpu, name, dtype, full):
+    spec = NORMS[name]
+    row, vector = jax.ShapeDtypeStruct((7, spec.width), dtype), jax.ShapeDtypeStruct((spec.width,), jnp.float32)
 
     def run(x, scale, bias):
         if not full:
-            return rms_norm(x, scale, eps=1e-5, implementation="jax_triton")
-        given = {"kind": "layer", "eps": 1e-5, "residual": x, "activation": "gelu"}
+            return rms_norm(x, scale, eps=spec.eps, implementation="jax_triton")
+        given = {"kind": "layer", "eps": spec.eps, "residual": x, "activation": "gelu"}
         return fused_norm(x, scale, bias, **given, implementation="jax_triton")
 
-    assert resources(gpu, run, row, vector, vector).widest_load >= 8
+    assert resources(gpu, run, row, vector, vector).widest_load >= (8 if spec.width % 4 == 0 else 2)

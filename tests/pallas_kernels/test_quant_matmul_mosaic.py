@@ -1,5 +1,8 @@
 """Hopper's matmul kernel: interpreted with a watch for races against float64, and compiled for an H100 that is not here."""
 
+import itertools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +14,7 @@ from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import GPUS
 from pallas_kernels.qtensor import ActivationQuant, dequantize, round_to_nearest
 from pallas_kernels.quant_matmul import quant_matmul
+from pallas_kernels.quant_matmul.mosaic import heuristic, supports_quant_matmul
 from pallas_kernels.quant_matmul.specs import SPECS
 from pallas_kernels.registry import choose
 from pallas_kernels.target import Target, current_target
@@ -101,25 +105,38 @@ def test_it_is_offered_on_hopper_only():
             run(x, w)
 
 
-@pytest.mark.aot
-@pytest.mark.parametrize(
-    ("form", "rows"),
-    [
-        ("int4-128", 512),
-        pytest.param("bfloat16", 2048, marks=pytest.mark.slow),
-        pytest.param("int8", 192, marks=pytest.mark.slow),
-        pytest.param("int8-64", 2048, marks=pytest.mark.slow),
-        pytest.param("int4-64", 2048, marks=pytest.mark.slow),
-    ],
-)
-def test_compiles_for_hopper(form, rows, tmp_path, monkeypatch):
-    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(tmp_path))
-    spec = SPECS["llama_3_1_8b.down"]
+def compiles(form, spec, rows, folder, monkeypatch):
+    """For an H100: on its tensor cores, copied by its own unit, and with no register in memory."""
+    folder.mkdir()
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_TO", str(folder))
     w = jax.eval_shape(lambda w: stored(w, form), jax.ShapeDtypeStruct((spec.outputs, spec.inputs), jnp.float32))
     found = compile_for("h100", run, jax.ShapeDtypeStruct((rows, spec.inputs), jnp.bfloat16), w)
     assert found.launches.count("kCustomCall") == 1
-    (ptx,), (report,) = (list(tmp_path.glob(f"*.{kind}")) for kind in ("ptx", "ptxas"))
+    (ptx,), (report,) = (list(folder.glob(f"*.{kind}")) for kind in ("ptx", "ptxas"))
     text = ptx.read_text()
-    assert "wgmma.mma_async.sync.aligned.m64n128k16.f32.bf16.bf16" in text
+    assert re.search(r"wgmma\.mma_async\.sync\.aligned\.m64n(64|128)k16\.f32\.bf16\.bf16", text)
     assert "cp.async.bulk.tensor" in text and "ld.local" not in text
     assert "0 bytes spill stores, 0 bytes spill loads" in report.read_text()
+
+
+@pytest.mark.aot
+def test_compiles_for_hopper(tmp_path, monkeypatch):
+    compiles("int4-128", SPECS["llama_3_1_8b.down"], 512, tmp_path / "one", monkeypatch)
+
+
+@pytest.mark.aot
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_every_size_compiles_for_hopper(form, tmp_path, monkeypatch):
+    """All that it takes of the sizes of real models; those that are cut into the same tiles differ in numbers of steps and blocks."""
+    kind = FORMS[form] or {"format": form}
+    group, bits = kind.get("group"), {"int8": 8, "int4": 4}.get(kind["format"], 16)
+    facts = {"format": kind["format"], "group": group, "layout": "canonical", "activation": None, "zeros": None}
+    hopper, seen = Target(platform="gpu", device_kind=GPUS["h100"].device_kind), set()
+    for spec, rows in itertools.product(SPECS.values(), (64, 192, 512)):
+        sizes = {"rows": rows, "outputs": spec.outputs, "inputs": spec.inputs}
+        tile = heuristic(rows, spec.outputs, bits, group)
+        if supports_quant_matmul(hopper, facts | sizes) is True and tile not in seen:
+            seen.add(tile)
+            compiles(form, spec, rows, tmp_path / str(len(seen)), monkeypatch)
+    assert len(seen) >= 3
