@@ -56,7 +56,7 @@ def heuristic(
         keys = 16 if exact else 32 if width > 128 or eight else 64
         return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and not fp8 and width <= 128 else 8, stages=2)
     most = 64 if dtype.itemsize == 1 else 128  # 128 keys of 8 bits spill on an H100, by heads of 64
-    keys = min(64, max(SMALLEST, 2048 // width)) if exact else min(most, max(SMALLEST, 8192 // width))
+    keys = min(32, max(SMALLEST, 2048 // width)) if exact else min(most, max(SMALLEST, 8192 // width))
     blocks = BLOCKS if queries <= SMALLEST // 2 else 1
     wanted = power_of_two(blocks * processors // (sequences * kv_heads) // 2 + 1)
     return Tile(
