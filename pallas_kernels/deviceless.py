@@ -142,7 +142,7 @@ def entries(lowered: Any) -> tuple[Entry, ...]:
     return tuple(_entry(name, body, _shared(thunks)) for part in ptx for name, body in _bodies(part).items())
 
 
-def _dumped(lowered: Any, **options: Any) -> tuple[jax.stages.Compiled, list[str], str]:
+def _dumped(lowered: Any, **options: Any) -> tuple[Any, list[str], str]:
     """A program compiled, its modules of PTX, and what its thunks are."""
     with tempfile.TemporaryDirectory() as folder, without_compilation_cache():
         dump = {"xla_dump_to": folder, "xla_dump_emitter_re": ".*ptx.*"}

@@ -130,8 +130,8 @@ def fused_matmul(operands: fused.Operands, call: fused.Call):
     if call.kind is not None and not norm_inside:
         # a norm sees whole rows, so that its output has scales without other shards
         dtype = inputs_dtype(first, rows) if isinstance(first, QTensor) and x.dtype == jnp.float32 else x.dtype
-        how = {"kind": call.kind, "eps": call.eps, "quant": quant, "out_dtype": dtype}
-        made = fused_norm(x, operands.scale, operands.norm_bias, **how)
+        standardise = functools.partial(fused_norm, kind=call.kind, eps=call.eps, quant=quant, out_dtype=dtype)
+        made = standardise(x, operands.scale, operands.norm_bias)
         x, x_scales = made.y, made.scales
     elif quant is not None:
         x, x_scales = quantize_activations(x, quant, call.max_over_shards)
