@@ -20,6 +20,7 @@ from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, atte
 from pallas_kernels.cross_entropy import log_probs
 from pallas_kernels.cross_entropy.specs import SPECS as TARGETS
 from pallas_kernels.dropout import Dropout
+from pallas_kernels.kernel_math import power_of_two
 from pallas_kernels.latent_attention import latent_attention
 from pallas_kernels.latent_attention.specs import SPECS as LATENTS
 from pallas_kernels.launch import NARROWEST_FP8, OLDEST
@@ -267,7 +268,9 @@ def routes(name: str) -> Iterator[Program]:
 
 def sorts(name: str) -> Iterator[Program]:
     spec = EXPERTS[name]
-    for tokens, kernels in ((1, ("sort",)), (64, ("sort",)), (65536, ("count", "sort"))):
+    for tokens in (1, 64, 65536):
+        one = tokens * spec.chosen * power_of_two(spec.experts) <= 4 * 4096
+        kernels = ("sort",) if one else ("count", "sort")
         run = functools.partial(sort_tokens, count=spec.experts)
         args = (S((tokens, spec.chosen), jnp.int32),)
         yield Program(name=f"{tokens} tokens", run=run, args=args, kernels=kernels)
@@ -290,8 +293,7 @@ def experts(name: str) -> Iterator[Program]:
 
 def argmaxes(name: str) -> Iterator[Program]:
     for dtype in FLOATS:
-        one = VOCABULARIES[name].size <= 4096
-        kernels = ("choose",) if one else ("choose", "choose_of_blocks")
+        kernels = ("choose", "choose_of_blocks")
         yield Program(name=dtype, run=argmax, args=(S((3, VOCABULARIES[name].size), dtype),), kernels=kernels)
 
 
@@ -304,8 +306,7 @@ def draws(name: str) -> Iterator[Program]:
 
     args = (S((3, VOCABULARIES[name].size), jnp.float32), row("float32"), row("int32"), row("float32"), row("float32"))
     args = (*args, row("uint32"), row("int32"))
-    one = VOCABULARIES[name].size <= 4096
-    kernels = ("choose", "threshold", "threshold_of_sums") + (() if one else ("choose_of_blocks",))
+    kernels = ("choose", "choose_of_blocks", "threshold", "threshold_of_sums")
     yield Program(name="all", run=run, args=args, kernels=kernels, tiled=True)
 
 

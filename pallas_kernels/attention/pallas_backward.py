@@ -46,14 +46,16 @@ class Tile:
     stages: int
 
 
-def heuristic(*, size: int, dtype, relative: bool) -> Tile:
-    """Two blocks of sums stay in registers: small steps for wide heads, for exact products, and where each score looks up its bias."""
+def heuristic(*, size: int, dtype, group: int, relative: bool) -> Tile:
+    """Two blocks of sums stay in registers: small steps for wide heads, for exact products, and where each score looks up its bias; heads
+    of 128 that have their own keys spill on an H100 by 64 queries."""
     width = power_of_two(size)
     if dtype == jnp.float32:
         return Tile(queries=16, keys=16, warps=8 if width > 128 else 4, stages=1)
     if width > 128:
         return Tile(queries=16, keys=32, warps=8, stages=1)
-    return Tile(queries=32 if relative else 64, keys=32 if relative else 64, warps=8, stages=1)
+    alone = group == 1 and width > 64
+    return Tile(queries=32 if relative or alone else 64, keys=32 if relative else 64, warps=8, stages=1)
 
 
 def gradients(q, k, v, gradient, *, operands, out, lse, scale, soft_cap, terms) -> dict[str, jax.Array]:
@@ -65,7 +67,9 @@ def gradients(q, k, v, gradient, *, operands, out, lse, scale, soft_cap, terms) 
     B, T, N, H = q.shape
     K, S = k.shape[1:3]
     sizes = {"queries": T * (N // K), "tokens": S, "head_dim": H, "dtype": str(k.dtype)}
-    tile = tile_for("attention_backward", heuristic(size=H, dtype=k.dtype, relative=terms.relative is not None), **sizes)
+    tile = tile_for(
+        "attention_backward", heuristic(size=H, dtype=k.dtype, group=N // K, relative=terms.relative is not None), **sizes
+    )
     shape = Shape(
         queries=T,
         group=N // K,
