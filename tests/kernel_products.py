@@ -201,9 +201,9 @@ def attentions(name: str) -> Iterator[Program]:
     """Of one query over a row, of a few under a window over pages, of many under a window over a row; then its gradients."""
     spec = HEADS[name]
     for dtype, (tokens, page) in itertools.product(CACHES, ((1, None), (4, 64), (300, None))):
-        cache = cache_of(spec, *((4, 8192) if page is None else (4 * 8192 // page, page)), dtype)
-        args = (S((4, tokens, spec.heads, spec.head_dim), jnp.float32), cache, S((4, tokens), jnp.int32), S((), jnp.int32))
-        args = args if page is None else (*args, S((4, 8192 // page), jnp.int32))
+        cache = cache_of(spec, *((1, 8192) if page is None else (8192 // page, page)), dtype)
+        args = (S((1, tokens, spec.heads, spec.head_dim), jnp.float32), cache, S((1, tokens), jnp.int32), S((), jnp.int32))
+        args = args if page is None else (*args, S((1, 8192 // page), jnp.int32))
 
         def run(q, cache, positions, window, rows=None, tokens=tokens):
             more = {"window": window} if tokens > 1 else {}

@@ -52,18 +52,19 @@ def heuristic(
         # 128 rows of narrower heads spill on a B200, with a relative bias on an A100, wider ones and 8 bits everywhere,
         # and on a B200 int8 in steps of 64 keys, or by 8 warps, too
         eight = dtype.itemsize == 1
-        rows = 32 if exact else 64 if width != 128 or eight or relative else 128
+        rows = 32 if exact or (eight and relative) else 64 if width != 128 or eight or relative else 128
         keys = 16 if exact else 32 if width > 128 or eight else 64
         return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and not fp8 and width <= 128 else 8, stages=2)
     most = 64 if dtype.itemsize == 1 else 128  # 128 keys of 8 bits spill on an H100, by heads of 64
     keys = min(32, max(SMALLEST, 2048 // width)) if exact else min(most, max(SMALLEST, 8192 // width))
+    padded = dtype.itemsize == 1 and width != size  # int8 of 96 elements spills by 4 warps on a B200 too
     blocks = BLOCKS if queries <= SMALLEST // 2 else 1
     wanted = power_of_two(blocks * processors // (sequences * kv_heads) // 2 + 1)
     return Tile(
         queries=max(SMALLEST, power_of_two(queries)),
         keys=keys,
         splits=max(1, min(wanted, power_of_two(tokens) // (2 * keys))),
-        warps=4 if queries <= SMALLEST and width <= 128 and not fp8 else 8,
+        warps=4 if queries <= SMALLEST and width <= 128 and not fp8 and not padded else 8,
         stages=3,
     )
 
@@ -113,8 +114,11 @@ def _shape(scale, soft_cap, q, cache, rows, terms, *, split: bool = True) -> Sha
     paged = rows is not None and rows.ndim == 2
     tokens = S * rows.shape[1] if paged else S
     sizes = {"sequences": B, "queries": T * G, "kv_heads": K, "tokens": tokens}
-    processors = gpus.describe(current_target().device_kind).processors
-    default = heuristic(**sizes, size=H, dtype=dtype, processors=processors, relative=terms.relative is not None)
+    target = current_target()
+    # heads with keys of their own take more places of keys, which an A100 spills as it does a bias that is looked up
+    crowded = terms.relative is not None or (G == 1 and target.capability is not None and target.capability < (9, 0))
+    processors = gpus.describe(target.device_kind).processors
+    default = heuristic(**sizes, size=H, dtype=dtype, processors=processors, relative=crowded)
     tile = tile_for("attention", default, **sizes, head_dim=H, dtype=str(dtype))
     if not split:
         tile = dataclasses.replace(tile, splits=1)

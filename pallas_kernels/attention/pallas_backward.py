@@ -48,14 +48,14 @@ class Tile:
 
 def heuristic(*, size: int, dtype, group: int, relative: bool) -> Tile:
     """Two blocks of sums stay in registers: small steps for wide heads, for exact products, and where each score looks up its bias; heads
-    of 128 that have their own keys spill on an H100 by 64 queries."""
+    of 128 that have their own keys spill on an H100 by 64 queries, and groups that are no power of two on an A100."""
     width = power_of_two(size)
     if dtype == jnp.float32:
         return Tile(queries=16, keys=16, warps=8 if width > 128 else 4, stages=1)
     if width > 128:
         return Tile(queries=16, keys=32, warps=8, stages=1)
-    alone = group == 1 and width > 64
-    return Tile(queries=32 if relative or alone else 64, keys=32 if relative else 64, warps=8, stages=1)
+    crowded = (group == 1 and width > 64) or group & (group - 1)
+    return Tile(queries=32 if relative or crowded else 64, keys=32 if relative else 64, warps=8, stages=1)
 
 
 def gradients(q, k, v, gradient, *, operands, out, lse, scale, soft_cap, terms) -> dict[str, jax.Array]:
