@@ -53,7 +53,7 @@ def heuristic(
         # and on a B200 int8 in steps of 64 keys, or by 8 warps, too
         eight = dtype.itemsize == 1
         rows = 32 if exact or (eight and relative) else 64 if width != 128 or eight or relative else 128
-        keys = 16 if exact else 32 if width > 128 or eight else 64
+        keys = (32 if width == 64 else 16) if exact else 32 if width > 128 or eight else 64
         return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and not fp8 and width <= 128 else 8, stages=2)
     most = 64 if dtype.itemsize == 1 else 128  # 128 keys of 8 bits spill on an H100, by heads of 64
     keys = min(32, max(SMALLEST, 2048 // width)) if exact else min(most, max(SMALLEST, 8192 // width))
