@@ -43,17 +43,28 @@ class Tile:
 
 
 def heuristic(
-    *, sequences: int, queries: int, kv_heads: int, tokens: int, size: int, dtype, processors: int, relative: bool = False
+    *,
+    sequences: int,
+    queries: int,
+    kv_heads: int,
+    tokens: int,
+    size: int,
+    dtype,
+    processors: int,
+    relative: bool = False,
+    ampere: bool = False,
 ) -> Tile:
     """Few queries: as many splits as fill the GPU, of at least two steps each, half of them where partial sums of many rows would be more
     than a twentieth of the cache. Exact products take registers: float32 in small steps. fp8 takes 8 warps: a B200 spills it by 4."""
     width, exact, fp8 = power_of_two(size), dtype == jnp.float32, dtype == jnp.float8_e4m3fn
     if queries > FEW:
         # 128 rows of narrower heads spill on a B200, with a relative bias on an A100, wider ones and 8 bits everywhere,
-        # and on a B200 int8 in steps of 64 keys, or by 8 warps, too
+        # and on a B200 int8 in steps of 64 keys, or by 8 warps, too; so do 64 keys with 128 rows on an A100, and with heads
+        # below 64 on a B200
         eight = dtype.itemsize == 1
         rows = 32 if exact or (eight and relative) else 64 if width != 128 or eight or relative else 128
-        keys = (32 if width == 64 else 16) if exact else 32 if width > 128 or eight else 64
+        narrow = eight or not 64 <= width <= 128 or (ampere and rows == 128)
+        keys = (32 if width == 64 else 16) if exact else 32 if narrow else 64
         return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and not fp8 and width <= 128 else 8, stages=2)
     most = 64 if dtype.itemsize == 1 else 128  # 128 keys of 8 bits spill on an H100, by heads of 64
     keys = min(32, max(SMALLEST, 2048 // width)) if exact else min(most, max(SMALLEST, 8192 // width))
@@ -116,9 +127,10 @@ def _shape(scale, soft_cap, q, cache, rows, terms, *, split: bool = True) -> Sha
     sizes = {"sequences": B, "queries": T * G, "kv_heads": K, "tokens": tokens}
     target = current_target()
     # heads with keys of their own take more places of keys, which an A100 spills as it does a bias that is looked up
-    crowded = terms.relative is not None or (G == 1 and target.capability is not None and target.capability < (9, 0))
+    ampere = target.capability is not None and target.capability < (9, 0)
+    crowded = terms.relative is not None or (G == 1 and ampere)
     processors = gpus.describe(target.device_kind).processors
-    default = heuristic(**sizes, size=H, dtype=dtype, processors=processors, relative=crowded)
+    default = heuristic(**sizes, size=H, dtype=dtype, processors=processors, relative=crowded, ampere=ampere)
     tile = tile_for("attention", default, **sizes, head_dim=H, dtype=str(dtype))
     if not split:
         tile = dataclasses.replace(tile, splits=1)

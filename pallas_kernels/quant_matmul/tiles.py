@@ -74,7 +74,7 @@ def rows_of_expert(rows: int, experts: int) -> int:
 def heuristic(p: Problem, gpu: Gpu) -> Tile:
     """A tile for the problem on a GPU, with as many stages as its memory's latency asks for and its shared memory holds."""
     tile = _fed(_small(p, gpu.processors), p, gpu) if p.rows <= SMALL else _large(p, gpu)
-    while tile.stages > 2 and _shared(tile, p) > gpu.shared:
+    while tile.stages > 2 and not _fits(tile, p, gpu):
         tile = dataclasses.replace(tile, stages=tile.stages - 1)
     return tile
 
@@ -83,7 +83,7 @@ def _fed(tile: Tile, p: Problem, gpu: Gpu) -> Tile:
     """The tile with stages added until enough of the weight is under way, or nothing more fits."""
     more = dataclasses.replace(tile, stages=tile.stages + 1)
     while more.stages <= MOST_STAGES and under_way(tile, p, gpu) < needed(tile, p, gpu):
-        if resident(more, p, gpu) < resident(tile, p, gpu) or _shared(more, p) > gpu.shared:
+        if resident(more, p, gpu) < resident(tile, p, gpu) or not _fits(more, p, gpu):
             break
         tile, more = more, dataclasses.replace(more, stages=more.stages + 1)
     return tile
@@ -120,6 +120,13 @@ def _shared(tile: Tile, p: Problem) -> int:
     columns = max(8, tile.splits * p.terms * groups * tile.rows)
     loaded = _step(tile, p) + tile.inputs * columns * (1 if p.quantised else 4) * (2 if p.normed else 1)
     return (tile.stages - 1) * loaded + tile.inputs * columns * 2
+
+
+def _fits(tile: Tile, p: Problem, gpu: Gpu) -> bool:
+    """Whether a program finds its shared memory. Blackwell multiplies from there, and has weights of 16 bits once more in the order of
+    their parts."""
+    again = _step(tile, p) if gpu.capability >= (10, 0) and p.bits == 16 and tile.splits > 1 else 0
+    return _shared(tile, p) + again <= gpu.shared
 
 
 def _small(p: Problem, processors: int) -> Tile:
