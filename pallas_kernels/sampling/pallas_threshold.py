@@ -86,7 +86,7 @@ def least_kept(logits, *, temperature, top_k, top_p, min_p, shards):
     given = {name: shared[name] for name in ("largest", "temperature")} | knobs | state | {"min_p": min_p}
     given["last"] = jnp.zeros(1, jnp.uint32)
     kernel = functools.partial(_finish, names=(*given, "new_least"))
-    return launch(kernel, *given.values(), name="threshold_of_sums", out=row(jnp.float32), grid=(B,), warps=4)
+    return launch(kernel, *given.values(), name="threshold_of_sums", out=row(jnp.float32), grid=(B,), warps=8)
 
 
 def _look(*refs, names, tile, vocab, kind, before):
