@@ -59,23 +59,22 @@ def heuristic(
     width, exact, fp8 = power_of_two(size), dtype == jnp.float32, dtype == jnp.float8_e4m3fn
     if queries > FEW:
         # 128 rows of narrower heads spill on a B200, with a relative bias on an A100, wider ones and 8 bits everywhere,
-        # and on a B200 int8 in steps of 64 keys, or by 8 warps, too; so do 64 keys with 128 rows on an A100, and with heads
-        # below 64 on a B200
+        # and on a B200 int8 in steps of 64 keys, or by 8 warps, and 64 rows of heads below 64, too; on an A100 128 rows with 64 keys
         eight = dtype.itemsize == 1
-        rows = 32 if exact or (eight and relative) else 64 if width != 128 or eight or relative else 128
-        narrow = eight or not 64 <= width <= 128 or (ampere and rows == 128)
+        rows = 32 if exact or width < 64 or (eight and relative) else 64 if width != 128 or eight or relative else 128
+        narrow = eight or width > 128 or (ampere and rows == 128)
         keys = (32 if width == 64 else 16) if exact else 32 if narrow else 64
         return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and not fp8 and width <= 128 else 8, stages=2)
     most = 64 if dtype.itemsize == 1 else 128  # 128 keys of 8 bits spill on an H100, by heads of 64
     keys = min(32, max(SMALLEST, 2048 // width)) if exact else min(most, max(SMALLEST, 8192 // width))
-    padded = dtype.itemsize == 1 and width != size  # int8 of 96 elements spills by 4 warps on a B200 too
+    wide = dtype.itemsize == 1 and width > 64  # int8 of so many elements spills by 4 warps on an H100 and a B200 too
     blocks = BLOCKS if queries <= SMALLEST // 2 else 1
     wanted = power_of_two(blocks * processors // (sequences * kv_heads) // 2 + 1)
     return Tile(
         queries=max(SMALLEST, power_of_two(queries)),
         keys=keys,
         splits=max(1, min(wanted, power_of_two(tokens) // (2 * keys))),
-        warps=4 if queries <= SMALLEST and width <= 128 and not fp8 and not padded else 8,
+        warps=4 if queries <= SMALLEST and width <= 128 and not fp8 and not wide else 8,
         stages=3,
     )
 
