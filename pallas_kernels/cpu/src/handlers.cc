@@ -59,8 +59,8 @@ struct Array {
   }
 };
 
-// The operands of a call, by their place among all that it could have. Most calls leave half of them out, and what XLA and this file do
-// for one takes some 40 ns: the last integer has a bit for each place that is taken.
+// The operands of a call, by their place among all that it could have. Most calls leave half of them out, and XLA and this file do
+// something for each that is given: the last integer has a bit for each place that is taken.
 class Operands {
  public:
   Operands(Check& check, const ffi::RemainingArgs& args, const Integers& integers, size_t most_integers, size_t most) : args_(args) {
