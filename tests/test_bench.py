@@ -108,6 +108,16 @@ def test_a_row_is_compared_with_its_own_precision():
     assert row_of(whole, "llama.cpp:Q4_0")["workloads"]["decode"]["ratio"] == {"median": 2.0, "min": 1.0, "max": 3.0}
 
 
+def test_a_peer_is_compared_with_the_same_file():
+    more = {"jaxinfer:Q4_0": [result(8.0)] * 3, "llama.cpp:Q4_1": [result(1.0)] * 3}
+    whole = report(THREE | more)
+    baselines = {name: row_of(whole, name)["baseline"] for name in ("jaxinfer:Q4_0", "llama.cpp:Q4_0", "llama.cpp:Q4_1")}
+    stored = "jaxinfer:stored"
+    assert baselines == {"jaxinfer:Q4_0": stored, "llama.cpp:Q4_0": "jaxinfer:Q4_0", "llama.cpp:Q4_1": stored}
+    found = next(f for f in whole["fastest"] if f["group"] == "int4")
+    assert found["baseline"] == "jaxinfer:Q4_0" and found["peer"] == "llama.cpp:Q4_0"
+
+
 def test_the_fastest_peer_has_the_best_median():
     fastest = report(THREE)["fastest"]
     assert [(f["group"], f["peer"]) for f in fastest] == [("float32", "transformers:float32"), ("int4", "llama.cpp:Q4_0")]
@@ -299,7 +309,8 @@ def quantised(tmp_path: Path) -> Path:
 
 def test_the_command_from_model_to_files(stand_ins, quantised, tmp_path, capsys):
     stand_ins(broken=["transformers"], missing=["openvino"])
-    names = ["jaxinfer:stored+int8", "transformers:float32", "llama.cpp:Q4_1", "llama.cpp:Q8_0", "openvino:Q4_1"]
+    ours = ["jaxinfer:stored+int8", "jaxinfer:Q8_0"]
+    names = [*ours, "transformers:float32", "llama.cpp:Q4_1", "llama.cpp:Q8_0", "openvino:Q4_1"]
     saved = tmp_path / "run.json"
     status = cpu_peers.main(
         [str(quantised), "--systems", *names, "--workloads", "decode", "--rounds", "2", "--json", str(saved)]
@@ -307,14 +318,16 @@ def test_the_command_from_model_to_files(stand_ins, quantised, tmp_path, capsys)
     printed = capsys.readouterr().out
     whole = json.loads(saved.read_text())
     assert status == 1, "a worker failed"
-    assert [row["name"] for row in whole["rows"]] == ["jaxinfer:stored+int8", "llama.cpp:Q4_1", "llama.cpp:Q8_0"]
+    assert [row["name"] for row in whole["rows"]] == [*ours, "llama.cpp:Q4_1", "llama.cpp:Q8_0"]
     assert whole["failed"].keys() == {"transformers:float32"}
     assert whole["failed"]["transformers:float32"].startswith("ended with code 1: this peer is broken\n")
     assert "peers_env.sh openvino-genai" in whole["left_out"]["openvino:Q4_1"]
-    ours, same, other = (row["system"].split() for row in whole["rows"])
-    assert ours[0] == same[0] == str(quantised), "the file itself, where it has the precision already"
-    assert Path(other[0]).read_text() == "rounded"
-    assert ours[ours.index("--cache") + 1] == "int8"
+    stored, rounded, same, other = (row["system"].split() for row in whole["rows"])
+    assert stored[0] == same[0] == str(quantised), "the file itself, where it has the precision already"
+    assert Path(other[0]).read_text() == "rounded" and rounded[0] == other[0]
+    assert stored[stored.index("--cache") + 1] == "int8"
+    assert rounded[rounded.index("--precision") + 1] == "stored-a8" and other[other.index("--precision") + 1] == "Q8_0"
+    assert row_of(whole, "llama.cpp:Q8_0")["baseline"] == "jaxinfer:Q8_0"
     assert row_of(whole, "llama.cpp:Q4_1")["baseline"] == "jaxinfer:stored+int8"
 
     assert cpu_peers.main(["--from", str(saved)]) == 1

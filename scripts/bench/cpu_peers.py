@@ -10,7 +10,8 @@ not there are left out and named. What other formats a GGUF file has to be turne
     python scripts/bench/cpu_peers.py --from run.json --chart run.png --markdown
 
 A system is ENGINE:PRECISION, or ENGINE:PRECISION+CACHE to choose the format of keys and values; --list prints those that are run by
-default. jaxinfer-xla is jaxinfer without its native kernels. The layout of the JSON file is described in peers_report.py.
+default. jaxinfer:Q4_0 and jaxinfer:Q8_0 run as stored-a8 on the file that llama.cpp has of that name. jaxinfer-xla is jaxinfer without its
+native kernels. The layout of the JSON file is described in peers_report.py.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ class Engine:
     options: tuple[str, ...] = ()
 
 
+FILES = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}  # that llama.cpp quantises, and others read
 _JAXINFER = Engine(
     script="worker_jaxinfer.py",
     python=None,
@@ -80,7 +82,7 @@ ENGINES = {
         script="peer_llama_cpp.py",
         python="peers/llama-cpp-python/bin/python",
         environment="llama-cpp-python",
-        precisions={"BF16": "bfloat16", "Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"},
+        precisions={"BF16": "bfloat16", **FILES},
         caches=("f16", "bf16", "q8_0", "f32"),
     ),
     "ctranslate2": Engine(
@@ -93,7 +95,7 @@ ENGINES = {
         script="peer_openvino.py",
         python="peers/openvino-genai/bin/python",
         environment="openvino-genai",
-        precisions={"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"},
+        precisions=FILES,
         caches=("u8", "bf16", "f16", "f32"),
     ),
 }
@@ -111,6 +113,7 @@ DEFAULT_SYSTEMS = (
     "openvino:Q8_0",
     "jaxinfer:stored-a8",
     "jaxinfer:stored",
+    "jaxinfer:Q4_0",
     "llama.cpp:Q4_1",
     "llama.cpp:Q4_0",
     "openvino:Q4_1",
@@ -137,6 +140,8 @@ def parse_system(text: str, file_type: str | None) -> System:
         group = known.precisions[precision]
     elif precision in ("stored", "stored-a8"):
         group = STORED.get(file_type or "", file_type or "stored")
+    elif precision in FILES:
+        group = FILES[precision]
     else:
         group = (
             "int8" if precision.startswith(("int8", "w8")) else "int4" if precision.startswith(("int4", "w4")) else precision
@@ -183,7 +188,7 @@ class Models:
     def path(self, system: System) -> Path:
         """The model in the form that a system reads, made where it is not there. Raises LeftOutError."""
         self.python(system.engine)
-        if system.engine in (OURS, OURS_ON_XLA, "transformers"):
+        if system.engine in (OURS, OURS_ON_XLA, "transformers") and system.precision not in FILES:
             return self.source
         if self.file_type is None:
             raise LeftOutError("it is made from a .gguf file only")
@@ -218,7 +223,8 @@ def _tail(text: str, lines: int = 12) -> str:
 def run_worker(system: System, model: Path, models: Models, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The JSON line of one fresh process. Raises LeftOutError with its last words where there is none."""
     command = [str(models.python(system.engine)), str(HERE / ENGINES[system.engine].script), str(model)]
-    command += ["--precision", system.precision, "--threads", str(args.threads), "--tokens", str(args.tokens)]
+    precision = "stored-a8" if system.engine in (OURS, OURS_ON_XLA) and system.precision in FILES else system.precision
+    command += ["--precision", precision, "--threads", str(args.threads), "--tokens", str(args.tokens)]
     command += ["--folder", str(folder), "--workloads", *args.workloads]
     command += ["--cache", system.cache] if system.cache else []
     command += ENGINES[system.engine].options

@@ -11,7 +11,7 @@ The JSON file of `cpu_peers.py --json FILE` is one object. Layout, version 1; a 
         engine, precision, cache, group
                          rows of the same group are compared: "float32", "bfloat16", "int8", "int4"
         system, kernels  versions, and the path of the hot operations, as the worker says
-        baseline         name of jaxinfer's row of the group, or null
+        baseline         name of jaxinfer's row on the same file, else its first one of the group, or null
         workloads        {name: {tokens_per_second SPREAD, ratio SPREAD or null}}; ratio: how many times the row's speed the
                          baseline has, taken within each round; null for the baseline itself and without one
         megabytes_per_token, gb_per_second SPREAD, bandwidth_gb_per_second SPREAD, bandwidth_share SPREAD
@@ -87,20 +87,28 @@ def _first_ids(runs: Sequence[Run]) -> Sequence[int]:
     return runs[0]["workloads"]["decode"]["ids"]
 
 
+def _own(system: System, systems: Sequence[System]) -> str | None:
+    """jaxinfer's row that a row is compared with: a peer's with the one on the same file, else with the first one of the group."""
+    ours = [s for s in systems if s.engine == OURS]
+    same = [s for s in ours if system.engine != OURS and s.precision == system.precision]
+    return next((s.name for s in (*same, *ours) if s.group == system.group), None)
+
+
 def summarise(systems: Sequence[System], runs: Mapping[str, Sequence[Run]], workloads: Sequence[str]) -> dict[str, Any]:
     """ "rows", "text_reference" and "fastest" of the JSON layout, for the systems that have runs: as many rounds each."""
     systems = [s for s in systems if runs.get(s.name)]
-    baselines = {s.group: s.name for s in reversed(systems) if s.engine == OURS}  # the first of a group
     by_text = ("transformers:float32", f"{OURS}:float32", *(s.name for s in systems))
     reference = next((name for name in by_text if runs.get(name)), None) if "decode" in workloads else None
-    rows = [_row(s, runs, workloads, baselines.get(s.group), reference) for s in systems]
+    rows = [_row(s, runs, workloads, _own(s, systems), reference) for s in systems]
     fastest = []
-    for group, baseline in baselines.items():
-        peers = [s.name for s in systems if s.group == group and s.engine not in (OURS, OURS_ON_XLA)]
+    for group in dict.fromkeys(s.group for s in systems if s.engine == OURS):
+        peers = [s for s in systems if s.group == group and s.engine not in (OURS, OURS_ON_XLA)]
         for workload in workloads if peers else ():
-            peer = max(peers, key=lambda name: statistics.median(_rates(runs[name], workload)))
-            ratio = _ratio(runs[baseline], runs[peer], workload)
-            fastest.append({"group": group, "workload": workload, "baseline": baseline, "peer": peer, "ratio": ratio})
+            peer = max(peers, key=lambda s: statistics.median(_rates(runs[s.name], workload)))
+            baseline = _own(peer, systems)
+            assert baseline is not None, "the group has a row of jaxinfer's"
+            ratio = _ratio(runs[baseline], runs[peer.name], workload)
+            fastest.append({"group": group, "workload": workload, "baseline": baseline, "peer": peer.name, "ratio": ratio})
     return {"rows": rows, "text_reference": reference, "fastest": sorted(fastest, key=lambda f: _group_order(f["group"]))}
 
 
@@ -256,7 +264,8 @@ def _notes(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> list
     new = {name: min(WORKLOADS[name].new, report["settings"]["tokens"]) for name in report["settings"]["workloads"]}
     lengths = [f"{WORKLOADS[name].title}: {count}" for name, count in new.items() if count > 1]
     notes = [
-        "Median (smallest-largest) over the rounds. 'jaxinfer is': its row of the same precision, as a multiple of this row's speed."
+        "Median (smallest-largest) over the rounds. 'jaxinfer is': its row on the same file, or else of the same precision, as a multiple "
+        "of this row's speed."
     ]
     if lengths:
         notes.append(
