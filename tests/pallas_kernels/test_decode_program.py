@@ -21,7 +21,7 @@ from jaxinfer.programs import STATE, Programs
 from jaxinfer.sampling import SamplingArrays
 from jaxinfer.tuning import FORMS, shapes_of_llama
 from pallas_kernels import tuner
-from pallas_kernels.deviceless import inspect, topology_mesh
+from pallas_kernels.deviceless import entries, inspect, topology_mesh
 from pallas_kernels.qtensor import round_to_nearest
 from sharding.mesh import make_mesh
 from sharding.rules import MESH_AXES
@@ -49,8 +49,8 @@ def stored_as(model: Decoder, weights: str, *, group: int) -> None:
             )
 
 
-def program(weights: str, cache, gpu: str, precision: str | None = None, config: ModelConfig = CONFIG):
-    """What `gpu` runs for a step of one sequence, and the shapes of cache and weights."""
+def lowered(weights: str, cache, gpu: str, precision: str | None = None, config: ModelConfig = CONFIG):
+    """A step of one sequence lowered for `gpu`, and the shapes of cache and weights."""
     model = Decoder(config)
     stored_as(model, weights, group=64)
     here = place(model, make_mesh(stage=1, tensor=1), kernels="xla")  # in the order that GPUs read
@@ -67,9 +67,8 @@ def program(weights: str, cache, gpu: str, precision: str | None = None, config:
     fields = [f.name for f in dataclasses.fields(STATE)]
     state = dataclasses.replace(state, **{name: there(getattr(STATE, name), getattr(state, name)) for name in fields})
     steps = there(PartitionSpec(), jax.ShapeDtypeStruct((), jnp.int32))
-    found = inspect(programs.decode(0, ()).lower(placed.weights, state, steps))
     shapes = {a.shape for a in jax.tree.leaves((placed.weights, state.caches)) if a.size > 4096}
-    return found, shapes | {shape[1:] for shape in shapes}
+    return programs.decode(0, ()).lower(placed.weights, state, steps), shapes | {shape[1:] for shape in shapes}
 
 
 @pytest.mark.aot
@@ -83,7 +82,8 @@ def program(weights: str, cache, gpu: str, precision: str | None = None, config:
     ],
 )
 def test_launches_of_a_layer(weights, cache, gpu):
-    found, shapes = program(weights, cache, gpu)
+    step, shapes = lowered(weights, cache, gpu)
+    found = inspect(step)
     matmuls = [i for i, name in enumerate(found.launches) if name.startswith("quant_matmul")]
     layers = found.launches[matmuls[0] : matmuls[-1]]  # the last one is the head, with the norm before it
     assert len(layers) <= 8 * CONFIG.layers, layers
@@ -98,7 +98,8 @@ def test_launches_of_a_layer(weights, cache, gpu):
 def test_launches_of_a_layer_with_experts(weights):
     """Norm, router, choice, two matmuls and their sum, where a layer without experts has two launches after its attention."""
     moe = MoEConfig(experts=16, used=4, width=128, normalise=True, layers=(0, 1))
-    found, shapes = program(weights, jnp.bfloat16, "h100", config=dataclasses.replace(CONFIG, moe=moe))
+    step, shapes = lowered(weights, jnp.bfloat16, "h100", config=dataclasses.replace(CONFIG, moe=moe))
+    found = inspect(step)
     first, second = (i for i, name in enumerate(found.launches) if name == "decode_attention")
     assert second - first <= 11, found.launches
     assert found.launches.count("route") == CONFIG.layers
@@ -114,8 +115,8 @@ def test_launches_of_a_layer_with_experts(weights):
 def test_the_precision_of_float32_reaches_the_kernels(precision, instruction):
     """In attention over a float32 cache, as the instruction that multiplies; in a matmul, as the bfloat16 that an input becomes."""
     found: list = []
-    tasks = tuner.record(lambda: found.append(program("int8", jnp.float32, "a100", precision)))
-    used = {kernel.name: kernel.tensor_cores for kernel in found[0][0].kernels}
+    tasks = tuner.record(lambda: found.append(lowered("int8", jnp.float32, "a100", precision)))
+    used = {kernel.name: kernel.tensor_cores for kernel in entries(found[0][0])}
     assert instruction in used["decode_attention"] and bool(used["decode_attention"]) == bool(instruction)
     terms = {task.key["terms"] for task in tasks if task.op == "quant_matmul" and task.key["format"] == "int8"}
     assert terms == {1 if precision == "bfloat16" else 2}
@@ -140,21 +141,14 @@ def of_llama(form: dict, tensor: int, name: str):
     return found, shapes | {shape[1:] for shape in shapes}
 
 
-BFLOAT16, INT8, INT4 = FORMS
 COLLECTIVE = ("kNccl", "kAllReduce", "kCollective")  # thunks; a sum over shards after each half of a layer
 
 
 @pytest.mark.aot
-@pytest.mark.parametrize(
-    ("form", "tensor", "name"),
-    [
-        pytest.param(form, tensor, name, id=f"{title}-{tensor}-{name}", marks=pytest.mark.slow if kept else pytest.mark.full)
-        for title, form in (("bfloat16", BFLOAT16), ("int8", INT8), ("int4", INT4))
-        for tensor in (1, 8)
-        for name in ("decode", "prefill")
-        for kept in [tensor == 1 or (title, name) in (("int4", "decode"), ("bfloat16", "prefill"))]
-    ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+@pytest.mark.parametrize("tensor", [1, 8])
+@pytest.mark.parametrize("form", FORMS, ids=["bfloat16", "int8", "int4"])
 def test_launches_of_a_layer_of_llama_3_1_8b(form, tensor, name):
     found, shapes = of_llama(form, tensor, name)
     first, second = (i for i, launch in enumerate(found.launches) if launch == f"{name}_attention")
