@@ -126,7 +126,7 @@ def fused_norms(name: str) -> Iterator[Program]:
 
 def activations(name: str) -> Iterator[Program]:
     spec = HIDDEN[name]
-    for dtype, quant in zip(itertools.cycle(FLOATS), (None, *INPUTS.values(), None), strict=False):
+    for dtype, quant in itertools.product(FLOATS, (None, *INPUTS.values())):
         x = S((7, spec.width * (2 if spec.gated else 1)), dtype)
         run = functools.partial(activation, kind=spec.kind, gated=spec.gated, quant=quant)
         kernels = ("activation",)
@@ -157,7 +157,7 @@ def levels_of_activations(name: str) -> Iterator[Program]:
 
 def levels_of_weights(name: str) -> Iterator[Program]:
     spec = MATMULS[name]
-    for dtype, form in zip(itertools.cycle(FLOATS), ROUNDED, strict=False):
+    for dtype, form in itertools.product(FLOATS, ROUNDED):
         if spec.inputs % FORMS[form].get("group", 1) == 0:
             args, run = (S((spec.outputs, spec.inputs), dtype),), functools.partial(quantize_weights, **FORMS[form])
             yield Program(
@@ -181,9 +181,10 @@ def ropes(name: str) -> Iterator[Program]:
 
 
 def rope_caches(name: str) -> Iterator[Program]:
-    """Of one token into a page, and of many into a row."""
+    """Of one token into a page, and of many into a row; in common dtypes the other way round too."""
     spec = HEADS[name]
-    for dtype, (tokens, page) in itertools.product(CACHES, ((1, 64), (300, None))):
+    cases = itertools.product(CACHES, ((1, 64), (300, None)))
+    for dtype, (tokens, page) in (*cases, *itertools.product(("bfloat16", "int8"), ((1, None), (300, 64)))):
         heads = lambda n, tokens=tokens: S((4, tokens, n, spec.head_dim), jnp.float32)
         angles = S((4, tokens, spec.rotated // 2), jnp.float32)
         cache = cache_of(spec, *((4, 4096) if page is None else (4 * 4096 // page, page)), dtype)
@@ -198,21 +199,26 @@ def rope_caches(name: str) -> Iterator[Program]:
 
 
 def attentions(name: str) -> Iterator[Program]:
-    """Of one query over a row, of a few under a window over pages, of many under a window over a row; then its gradients."""
+    """Of one query over a row, of a few under a window over pages, of many under a window over a row; where decoding and reading prompts
+    know no window, over pages too; then its gradients."""
     spec = HEADS[name]
-    for dtype, (tokens, page) in itertools.product(CACHES, ((1, None), (4, 64), (300, None))):
+    cases = itertools.product(CACHES, ((1, None, False), (4, 64, True), (300, None, True)))
+    for dtype, (tokens, page, windowed) in (
+        *cases,
+        *itertools.product(("bfloat16", "int8"), ((1, 64, False), (300, 64, False))),
+    ):
         cache = cache_of(spec, *((1, 8192) if page is None else (8192 // page, page)), dtype)
         args = (S((1, tokens, spec.heads, spec.head_dim), jnp.float32), cache, S((1, tokens), jnp.int32), S((), jnp.int32))
         args = args if page is None else (*args, S((1, 8192 // page), jnp.int32))
 
-        def run(q, cache, positions, window, rows=None, tokens=tokens):
-            more = {"window": window} if tokens > 1 else {}
+        def run(q, cache, positions, window, rows=None, windowed=windowed):
+            more = {"window": window} if windowed else {}
             return attention(q, cache, rows=rows, positions=positions, scale=0.1, soft_cap=spec.soft_cap, **more)
 
         few = tokens * spec.heads // spec.kv_heads <= 64
         kernels = ("decode_attention", "decode_reduce") if few else ("prefill_attention",)
         checks = {"matrix": dtype != "float32", "loads": 16 if few and name != "odd" else 0}
-        title = f"{dtype}, {tokens} queries, pages of {page}"
+        title = f"{dtype}, {tokens} queries, pages of {page}, window {windowed}"
         yield Program(name=title, run=run, args=args, kernels=kernels, **checks, since=since(dtype))
     for dtype in CACHES[:3]:
         keys, lengths = S((1, spec.kv_heads, 512, spec.head_dim), dtype), S((1,), jnp.int32)

@@ -279,12 +279,9 @@ def program(spec, B, T, tokens, dtype, windowed=True):
     ("name", "B", "T", "dtype"),
     [
         ("llama_3_1_8b", 1, 1, "bfloat16"),
-        pytest.param("llama_3_1_8b", 1, 1, "int8", marks=pytest.mark.slow),
-        pytest.param("llama_3_1_8b", 1, 1, "float32", marks=pytest.mark.slow),
         pytest.param("llama_3_1_8b", 1, 8, "bfloat16", marks=pytest.mark.slow),
         pytest.param("llama_3_1_8b", 4, 8, "int8", marks=pytest.mark.slow),
         pytest.param("llama_2_7b", 4, 1, "float16", marks=pytest.mark.slow),
-        pytest.param("gemma_2_9b", 1, 1, "bfloat16", marks=pytest.mark.slow),
         pytest.param("gemma_2_9b", 1, 4, "float32", marks=pytest.mark.slow),
         pytest.param("odd", 2, 3, "float32", marks=pytest.mark.slow),
     ],
@@ -303,20 +300,16 @@ def test_few_queries_compile(gpu, name, B, T, dtype):
 @pytest.mark.aot
 @pytest.mark.parametrize("gpu", GPU_NAMES)
 @pytest.mark.parametrize(
-    ("name", "T", "dtype", "windowed"),
+    ("name", "T", "dtype"),
     [
-        ("llama_3_1_8b", 2048, "bfloat16", False),
-        pytest.param("llama_3_1_8b", 2048, "bfloat16", True, marks=pytest.mark.slow),
-        pytest.param("llama_3_1_8b", 999, "int8", True, marks=pytest.mark.slow),
-        pytest.param("llama_3_1_8b", 512, "float32", False, marks=pytest.mark.slow),
-        pytest.param("gemma_2_9b", 512, "bfloat16", True, marks=pytest.mark.slow),
-        pytest.param("gemma_2_9b", 512, "float32", False, marks=pytest.mark.slow),
-        pytest.param("phi_3_mini", 512, "bfloat16", False, marks=pytest.mark.slow),
-        pytest.param("smollm2_135m", 100, "float16", True, marks=pytest.mark.slow),
+        ("llama_3_1_8b", 2048, "bfloat16"),
+        pytest.param("llama_3_1_8b", 512, "float32", marks=pytest.mark.slow),
+        pytest.param("gemma_2_9b", 512, "float32", marks=pytest.mark.slow),
+        pytest.param("phi_3_mini", 512, "bfloat16", marks=pytest.mark.slow),
     ],
 )
-def test_many_queries_compile(gpu, name, T, dtype, windowed):
-    found = compiled(gpu, *program(SPECS[name], 1, T, 2048, dtype, windowed), launches=("prefill_attention",))
+def test_many_queries_compile(gpu, name, T, dtype):
+    found = compiled(gpu, *program(SPECS[name], 1, T, 2048, dtype, windowed=False), launches=("prefill_attention",))
     if dtype != "float32":
         assert found.kernels[0].tensor_cores
 
