@@ -65,7 +65,8 @@ def heuristic(
         narrow = eight or width > 128 or (ampere and rows == 128)
         keys = (32 if width == 64 else 16) if exact else 32 if narrow else 64
         return Tile(queries=rows, keys=keys, splits=1, warps=4 if eight and not fp8 and width <= 128 else 8, stages=2)
-    most = 64 if dtype.itemsize == 1 else 128  # 128 keys of 8 bits spill on an H100, by heads of 64
+    # 128 keys of 8 bits spill on an H100, by heads of 64; 64 of them too, by narrower heads in pages
+    most = 128 if dtype.itemsize > 1 else 64 if width >= 64 else 32
     keys = min(32, max(SMALLEST, 2048 // width)) if exact else min(most, max(SMALLEST, 8192 // width))
     wide = dtype.itemsize == 1 and width > 64  # int8 of so many elements spills by 4 warps on an H100 and a B200 too
     blocks = BLOCKS if queries <= SMALLEST // 2 else 1
