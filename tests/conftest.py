@@ -62,6 +62,15 @@ def compiled_programs_go() -> Iterator[None]:
         gc.collect()
 
 
+@pytest.fixture
+def rough_programs(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Slow tests compile for the CPU with few of LLVM's passes, in two thirds of the time; quick ones beside them as users do."""
+    slow = request.node.get_closest_marker("slow") is not None
+    jax.config.update("jax_disable_most_optimizations", slow)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def smollm2_gguf() -> Path:
     """The real model: from JAXINFER_TEST_GGUF, or as scripts/demo.sh leaves it in the user's cache folder."""

@@ -30,6 +30,8 @@ from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize, round_t
 from sharding.mesh import make_mesh
 from sharding.partition import Units
 
+pytestmark = pytest.mark.usefixtures("rough_programs")
+
 # Five experts, which no mesh divides; the first layer has none.
 CONFIG = ModelConfig(
     family="mixtral",

@@ -23,6 +23,8 @@ from jaxinfer.placement import local_layers, place
 from pallas_kernels.layer_cache import LayerCache
 from sharding.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("rough_programs")
+
 # Relative to the largest logit. Float32 against float64 is within 5e-6 in transformers itself.
 TOLERANCE = 1e-4
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 import pytest
 from small_families import FAMILIES, greedy_ids
 
+pytestmark = pytest.mark.usefixtures("rough_programs")
+
 SIZES = [s for s in itertools.product((1, 2, 3, 4, 8), (1, 2, 3, 4), (1, 2)) if 1 < s[0] * s[1] * s[2] <= 8]
 CASES = [(family, *sizes) for family in FAMILIES for sizes in SIZES]  # family, tensor, stage, data
 

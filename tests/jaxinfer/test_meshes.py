@@ -16,6 +16,8 @@ from jaxinfer import EngineConfig, SamplingParams, errors
 from jaxinfer.engine import Engine
 from sharding.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("rough_programs")
+
 QUICK = [(3, 1), (2, 2)]
 MANY = [(2, 1), (1, 2), (4, 1), (8, 1), (1, 3), (3, 2), (2, 3), (4, 2)]
 MESHES = [*QUICK, *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in MANY)]

@@ -11,6 +11,8 @@ from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, Ro
 from jaxinfer.placement import local_layers, place
 from sharding.mesh import make_mesh
 
+pytestmark = pytest.mark.usefixtures("rough_programs")
+
 LENGTHS = np.array([7, 3, 6, 2], np.int32)
 HEADS = {"heads": 4, "kv_heads": 2, "head_dim": 8, "scale": 0.4}
 COMMON = {"family": "any", "vocab": 50, "embed": 24, "layers": 2, "norm_eps": 1e-5, "tied": True, "max_positions": 16}

@@ -16,6 +16,8 @@ from jaxinfer.placement import local_layers, place
 from sharding.mesh import make_mesh
 from sharding.rules import DATA, EXPERT, ROW_AXES
 
+pytestmark = pytest.mark.usefixtures("rough_programs")
+
 B, T = 4, 7
 SLOW = pytest.mark.slow
 
