@@ -90,12 +90,10 @@ workers=${JAXINFER_TEST_WORKERS:-$("$JAXINFER_PYTHON" -c '
 import os
 memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 print(max(1, min(4, len(os.sched_getaffinity(0)), memory // 4_000_000_000)))')}
-dist=loadfile
-# Those that need root wait most of the time, and measure how fast processes end: two side by side, whatever their file.
-[ "$mode" != root ] || { dist=load && workers=$((workers < 2 ? workers : 2)); }
+[ "$mode" != root ] || workers=1 # they start many processes each, and measure how fast these end
 parallel=()
 # A worker that is lost ends the run: xdist 3.8 would hand the files that it had finished to its successor, which waits for ever for one more.
-[ "$workers" = 1 ] || parallel=(-n "$workers" --dist "$dist" --max-worker-restart 0)
+[ "$workers" = 1 ] || parallel=(-n "$workers" --dist loadfile --max-worker-restart 0)
 status=0
 "$JAXINFER_PYTHON" -m pytest "${parallel[@]}" -m "$marks" "$@" || status=$?
 if [ "$status" = 5 ] && [ "$mode" != quick ]; then
