@@ -21,6 +21,7 @@ from jaxinfer.placement import Placed, module_tensors, placed_shapes
 from jaxinfer.quantization.methods import Method
 from jaxinfer.quantization.policy import kept
 from jaxinfer.quantization.quantizer import Quantizer
+from pallas_kernels.cpu import library
 from pallas_kernels.qtensor import QTensor, repack
 from sharding.mesh import make_mesh
 
@@ -91,6 +92,7 @@ def check(model: jaxinfer.Decoder) -> None:
         jax.tree.map(np.testing.assert_array_equal, canonical(spread.weights.embedding), canonical(alone.weights.embedding))
 
 
+@pytest.mark.skipif(library.refusal("cpu") is not None, reason="without native kernels weights stay as they are")
 @pytest.mark.parametrize(
     ("tp", "pp"), [*SIZES[:1], *(pytest.param(*sizes, marks=pytest.mark.slow) for sizes in [(1, 1), *SIZES[1:]])]
 )
