@@ -66,9 +66,10 @@ def compiled_programs_go() -> Iterator[None]:
 def rough_programs(request: pytest.FixtureRequest) -> Iterator[None]:
     """Slow tests compile for the CPU with few of LLVM's passes, in two thirds of the time; quick ones beside them as users do."""
     slow = request.node.get_closest_marker("slow") is not None
-    jax.config.update("jax_disable_most_optimizations", slow)
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", before or slow)
     yield
-    jax.config.update("jax_disable_most_optimizations", False)
+    jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")

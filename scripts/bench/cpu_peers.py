@@ -223,14 +223,15 @@ def _tail(text: str, lines: int = 12) -> str:
 def run_worker(system: System, model: Path, models: Models, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The JSON line of one fresh process. Raises LeftOutError with its last words where there is none."""
     command = [str(models.python(system.engine)), str(HERE / ENGINES[system.engine].script), str(model)]
-    precision = "stored-a8" if system.engine in (OURS, OURS_ON_XLA) and system.precision in FILES else system.precision
+    ours = system.engine in (OURS, OURS_ON_XLA)
+    precision = "stored-a8" if ours and system.precision in FILES else system.precision
     command += ["--precision", precision, "--threads", str(args.threads), "--tokens", str(args.tokens)]
     command += ["--folder", str(folder), "--workloads", *args.workloads]
     command += ["--cache", system.cache] if system.cache else []
     command += ENGINES[system.engine].options
     environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "JAX_PLATFORMS": "cpu"}
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)  # a first start finds nothing compiled
-    if system.engine in (OURS, OURS_ON_XLA):
+    if ours:
         environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=args.timeout)
