@@ -1,7 +1,7 @@
 """Compiling for a GPU that is not here: what Pallas, Triton, XLA and ptxas make of a function, without a driver.
 
 Needs the packages jax-cuda13-plugin and jax-cuda13-pjrt of jax's version, and CUDA's ptxas and libdevice. Speed, races and numerics it
-cannot tell.
+cannot tell. Without a GPU, jax must not have looked for one before: call `platforms.leave_out_absent_gpus` first where arrays are made.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, Mesh, SingleDeviceShardin
 
 from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import KNOWN, Gpu
+from pallas_kernels.platforms import leave_out_absent_gpus
 from pallas_kernels.uncached import without_compilation_cache
 
 _DESCRIPTION = """gpu_device_info {{
@@ -81,7 +82,10 @@ def is_ours(kernel: Entry) -> bool:
 
 
 def topology_mesh(name: str, shape: tuple[int, ...], names: tuple[str, ...], *, hosts: int = 1) -> Mesh:
-    """A mesh of GPUs of one host or several alike, to lower and compile for; nothing can be put on it. name: one of `gpus.KNOWN`."""
+    """A mesh of GPUs of one host or several alike, to lower and compile for; nothing can be put on it. name: one of `gpus.KNOWN`.
+
+    Raises BackendError where jax has no plugin that compiles for them.
+    """
     gpu = _gpu(name)
     count = int(np.prod(shape))
     major, minor = gpu.capability
@@ -95,9 +99,16 @@ def topology_mesh(name: str, shape: tuple[int, ...], names: tuple[str, ...], *, 
         minor=minor,
         features="feature_extension: ACCELERATED_FEATURES" if major >= 9 else "",
     )
-    topology = topologies.get_topology_desc(
-        platform="cuda", topology_name="", target_config=description, topology=f"1x{hosts}x{count // hosts}"
-    )
+    leave_out_absent_gpus()
+    try:
+        topology = topologies.get_topology_desc(
+            platform="cuda", topology_name="", target_config=description, topology=f"1x{hosts}x{count // hosts}"
+        )
+    except NotImplementedError as error:
+        raise BackendError(
+            f"jax has no plugin that compiles for CUDA: install jax-cuda13-plugin=={jax.__version__} and jax-cuda13-pjrt of that version; "
+            "where they are installed and there is no GPU, set JAX_PLATFORMS=cpu, since jax drops them when it looks for one"
+        ) from error
     return Mesh(np.array(topology.devices).reshape(shape), names)
 
 

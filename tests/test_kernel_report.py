@@ -1,13 +1,18 @@
 """scripts/bench/kernel_report.py: its floors, its occupancy, and a report of a kernel that is compiled for a GPU that is not here."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from pallas_kernels import deviceless
 from pallas_kernels.deviceless import Kernel
+from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import GPUS
 
 BENCH = Path(__file__).parents[1] / "scripts" / "bench"
@@ -102,3 +107,23 @@ def test_every_case_can_be_traced(report):
     for case in report.cases():
         jax.eval_shape(case.run, *case.args)
         assert case.moved > 0
+
+
+@pytest.mark.aot
+def test_the_command_compiles_where_jax_may_look_for_a_gpu():
+    """CUDA's plugin is dropped by a jax that looks for a GPU and finds none of its libraries."""
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    command = [sys.executable, BENCH / "kernel_report.py", "--gpus", "h100", "--op", "rms_norm"]
+    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+    assert "h100  rms_norm" in done.stdout
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.aot
+def test_a_missing_plugin_is_named(monkeypatch):
+    def missing(**_):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(deviceless.topologies, "get_topology_desc", missing)
+    with pytest.raises(BackendError, match=r"install jax-cuda13-plugin==.* set JAX_PLATFORMS=cpu"):
+        deviceless.topology_mesh("h100", (1,), ("x",))

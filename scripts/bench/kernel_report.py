@@ -45,6 +45,7 @@ from pallas_kernels.cases import Case, cases, size
 from pallas_kernels.deviceless import Kernel, compile_for, is_ours, kernels_of, lower_for, ptxas
 from pallas_kernels.errors import BackendError
 from pallas_kernels.gpus import GPUS, KNOWN, Gpu
+from pallas_kernels.platforms import leave_out_absent_gpus
 from pallas_kernels.registry import using
 from pallas_kernels.target import interpreting
 
@@ -268,6 +269,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, metavar="FOLDER", help="write kernels.txt and kernels.json there")
     parser.add_argument("--json", action="store_true", help="one JSON list on stdout")
     args = parser.parse_args(arguments)
+    leave_out_absent_gpus()
     chosen = [case for case in cases() if args.op in (None, case.op)]
     if unknown := [name for name in args.gpus.split(",") if name not in KNOWN]:
         parser.error(f"--gpus {','.join(unknown)}: there are {', '.join(KNOWN)}")

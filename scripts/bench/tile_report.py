@@ -24,6 +24,7 @@ from pallas_kernels import tuning
 from pallas_kernels.cases import weight
 from pallas_kernels.deviceless import compile_for
 from pallas_kernels.gpus import KNOWN, Gpu
+from pallas_kernels.platforms import leave_out_absent_gpus
 from pallas_kernels.quant_matmul import quant_matmul
 from pallas_kernels.quant_matmul.specs import SPECS
 from pallas_kernels.quant_matmul.tiles import LATENCY, Problem, Tile, blocks, needed, under_way
@@ -74,6 +75,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     if unknown := [name for name in args.gpus.split(",") if name not in KNOWN]:
         parser.error(f"--gpus {','.join(unknown)}: there are {', '.join(KNOWN)}")
+    leave_out_absent_gpus()
     facts = ", ".join(f"{name} {number}" for name, number in versions().items())
     lines = [
         f"tiles by default, not measured on a GPU; latency {LATENCY * 1e9:.0f} ns; {datetime.date.today().isoformat()}, {facts}"

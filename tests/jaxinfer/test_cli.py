@@ -22,6 +22,7 @@ from jaxinfer.cli.info import stored_forms
 from jaxinfer.cli.stats import _weight_bytes, process_age
 from jaxinfer.loading import open_source
 from jaxinfer.requests import GenerationResult, Timings, TokenLogprob
+from pallas_kernels import platforms
 from pallas_kernels.cpu import library
 
 ROOT = Path(__file__).parents[2]
@@ -438,8 +439,8 @@ def test_bytes_are_written_for_people():
     [(True, False, None, "cpu"), (True, True, None, None), (False, False, None, None), (True, False, "cuda", "cuda")],
 )
 def test_cuda_plugins_stay_silent_without_a_driver(monkeypatch, plugins, driver, given, expected):
-    monkeypatch.setattr(environment, "_only_cuda_plugins", lambda: plugins)
-    monkeypatch.setattr(environment, "_has_nvidia_driver", lambda: driver)
+    monkeypatch.setattr(platforms, "_only_cuda_plugins", lambda: plugins)
+    monkeypatch.setattr(platforms, "_has_nvidia_driver", lambda: driver)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     if given:
         monkeypatch.setenv("JAX_PLATFORMS", given)
