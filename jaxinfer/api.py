@@ -19,11 +19,12 @@ from jaxinfer.config import CACHE_DTYPES, EngineConfig, QuantizationConfig
 from jaxinfer.copying import Understood, understand_together
 from jaxinfer.engine import Engine, Prompt
 from jaxinfer.errors import BackendError, ConfigError
+from jaxinfer.layout import Plan
 from jaxinfer.loading import DEMO, open_source
 from jaxinfer.memory import MemoryPlan, check_positions, explained, fitting_plan
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import Decoder
-from jaxinfer.placement import Plan, Readable, module_tensors, place, placed_shapes
+from jaxinfer.placement import Readable, module_tensors, place, placed_shapes
 from jaxinfer.quantization import attending
 from jaxinfer.sampling import MAX_STOP_TOKENS, SamplingArrays
 from jaxinfer.sampling_params import SamplingParams

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxinfer.layout import Plan
 from jaxinfer.models.decoder import LayerSpec, cached_layers, embed, head_logits, prefill_layers
-from jaxinfer.placement import Plan
 from jaxinfer.sampling import Choice, NumberedProcessors, Past, SamplingArrays, choose_tokens, vocab_shards
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.sampling import argmax, log_probs, top_log_probs

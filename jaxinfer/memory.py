@@ -20,9 +20,10 @@ from convert.readers.base import PackedFormat
 from jaxinfer.config import AUTO, EngineConfig
 from jaxinfer.errors import ConfigError, MemoryPlanError, OutOfMemoryError
 from jaxinfer.generation import empty_state
+from jaxinfer.layout import Plan, plans
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import parameters
-from jaxinfer.placement import InMemory, Placer, Plan, Readable, plans
+from jaxinfer.placement import InMemory, Placer, Readable
 from pallas_kernels import gpus
 from pallas_kernels.layer_cache import cache_dtype, token_bytes
 from pallas_kernels.qtensor import CPU_BLOCK, QTensor

@@ -6,8 +6,9 @@ import jax
 from jax.sharding import Mesh
 
 from jaxinfer.errors import TensorShapeError
+from jaxinfer.layout import Plan
 from jaxinfer.models.decoder import DecoderWeights, LayerWeights
-from jaxinfer.placement import Placer, Plan, Readable, kernels_of, placed_shapes
+from jaxinfer.placement import Placer, Readable, kernels_of, placed_shapes
 
 
 def check_alike(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, old: DecoderWeights) -> None:

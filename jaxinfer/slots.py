@@ -14,9 +14,9 @@ import numpy as np
 
 from jaxinfer.config import EngineConfig
 from jaxinfer.generation import State
+from jaxinfer.layout import Plan
 from jaxinfer.memory import MemoryPlan, explained
 from jaxinfer.models.decoder import DecoderWeights
-from jaxinfer.placement import Plan
 from jaxinfer.programs import Programs
 from jaxinfer.requests import Request, token_logprobs
 from jaxinfer.sampling import NumberedProcessors, Processors, SamplingArrays

@@ -15,10 +15,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxinfer.errors import ConfigError
 from jaxinfer.generation import empty_state
+from jaxinfer.layout import Plan, layer_shapes
 from jaxinfer.memory import MemoryPlan
 from jaxinfer.models.config import ModelConfig
 from jaxinfer.models.decoder import DecoderWeights, cached_layers
-from jaxinfer.placement import Plan, layer_shapes
 from pallas_kernels.registry import using
 from sharding.context import ParallelContext
 from sharding.costs import Cost, total

@@ -36,6 +36,7 @@ ROWS = [
         "values",
     },
     {"models", "cache", "sampling", "text", "chat", "disguise", "sandbox", "detokenize", "tokenizing"},
+    {"layout"},
     {"placement"},
     {"quantization"},
     {"copying", "generation", "loading", "memory", "replacing", "requests", "stages"},

@@ -8,9 +8,9 @@ import golden_weights
 import pytest
 
 from jaxinfer import cli
+from jaxinfer.layout import make_plan
 from jaxinfer.loading import open_source
 from jaxinfer.measuring import Spread, timed
-from jaxinfer.placement import make_plan
 from sharding.mesh import make_mesh
 
 SIZES = [

@@ -19,11 +19,12 @@ from convert.readers.base import LazyTensor
 from convert.rules import bind
 from jaxinfer import EngineConfig, QuantizationConfig, SamplingParams, errors
 from jaxinfer.engine import Engine
+from jaxinfer.layout import make_plan
 from jaxinfer.loading import open_source
 from jaxinfer.memory import weight_bytes
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
 from jaxinfer.models.families import mixtral
-from jaxinfer.placement import InMemory, make_plan, module_tensors, placed_shapes
+from jaxinfer.placement import InMemory, module_tensors, placed_shapes
 from jaxinfer.quantization.methods import Method
 from jaxinfer.quantizing import quantize_checkpoint
 from pallas_kernels.qtensor import ActivationQuant, QTensor, dequantize, round_to_nearest

@@ -18,11 +18,11 @@ from flax import nnx
 import jaxinfer
 from convert.native import save_native
 from jaxinfer import errors
+from jaxinfer.layout import make_plan
 from jaxinfer.loading import open_source
 from jaxinfer.models import ModelConfig
 from jaxinfer.models.families import FAMILIES, find_family
 from jaxinfer.models.families.common import layer_windows
-from jaxinfer.placement import make_plan
 from pallas_kernels.qtensor import QTensor, dequantize
 from sharding.mesh import make_mesh
 

@@ -18,9 +18,10 @@ from tiny_llama import check
 import jaxinfer
 from convert.readers.base import LazyTensor
 from jaxinfer import EngineConfig, ParallelConfig, QuantizationConfig, errors, memory
+from jaxinfer.layout import make_plan
 from jaxinfer.loading import open_source
 from jaxinfer.memory import MemoryPlan, explained, plan_memory, state_bytes, weight_bytes
-from jaxinfer.placement import make_plan, module_tensors, place
+from jaxinfer.placement import module_tensors, place
 from jaxinfer.programs import Programs
 from jaxinfer.sampling import SamplingArrays
 from sharding.mesh import make_mesh

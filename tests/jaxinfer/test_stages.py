@@ -13,10 +13,11 @@ from tiny_llama import GREEDY, PROMPTS, tokens_of
 
 import jaxinfer
 from jaxinfer import SamplingParams, errors, memory
+from jaxinfer.layout import make_plan, plans, stage_speeds
 from jaxinfer.loading import open_source
 from jaxinfer.memory import fitting_plan, plan_memory
 from jaxinfer.models import Decoder, MoEConfig
-from jaxinfer.placement import make_plan, module_tensors, place, plans, stage_speeds
+from jaxinfer.placement import module_tensors, place
 from jaxinfer.slots import COLLECTIVES
 from pallas_kernels import gpus
 from sharding.mesh import make_mesh

@@ -13,8 +13,9 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxinfer import programs
+from jaxinfer.layout import make_plan
 from jaxinfer.models import AttentionConfig, Decoder, MLPConfig, ModelConfig, MoEConfig, RopeConfig
-from jaxinfer.placement import Placed, make_plan, module_tensors, place, placed_shapes
+from jaxinfer.placement import Placed, module_tensors, place, placed_shapes
 from jaxinfer.programs import STATE, Programs
 from jaxinfer.sampling import SamplingArrays
 from pallas_kernels.deviceless import topology_mesh
