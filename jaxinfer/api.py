@@ -68,8 +68,7 @@ def init_inference(
     if expect is not None:
         engine.prepare(*expect)
     with explained(opened.memory), contextlib.closing(opened):
-        how: dict[str, Any] = {"config": opened.model, "plan": opened.plan, "kernels": opened.config.kernels}
-        placed = place(opened.tensors, opened.mesh, progress=progress, **how)
+        placed = place(opened.tensors, opened.mesh, progress=progress, **opened.how)
         engine.provide(placed.weights)
     return engine
 
@@ -90,9 +89,15 @@ class Opened:
     eos_ids: tuple[int, ...] = ()
     close: Callable[[], None] = lambda: None
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """Of the placement."""
+        of_config = {name: getattr(self.config, name) for name in ("kernels", "head_sketch")}
+        return {"config": self.model, "plan": self.plan, **of_config}
+
     def engine(self) -> Engine:
         """An engine without weights yet, see Engine.provide."""
-        shapes = placed_shapes(self.tensors, self.mesh, config=self.model, plan=self.plan, kernels=self.config.kernels)
+        shapes = placed_shapes(self.tensors, self.mesh, **self.how)
         return Engine(shapes, self.config, self.tokenizer, eos_ids=self.eos_ids, memory_plan=self.memory)
 
 

@@ -249,7 +249,8 @@ class EngineConfig:
     packed weights included. quantization: None leaves weights as they are. engine: the mesh. kv_cache: how keys and values are kept.
     matmul_precision: how float32 matrices are multiplied on a GPU: float32 as they are, tf32_x3 as three products of TF32, tf32 as one of
     10 bits of mantissa, bfloat16 as one of 7. kernels: auto takes the fastest implementation of every operation, native requires those for
-    CPUs, xla does without them.
+    CPUs, xla does without them. head_sketch: keep 5 bits of each weight of a small model's head beside it, from which native kernels find
+    the most likely token of one or two sequences without reading the head; the token is the same.
     batch_invariant: a sequence's arithmetic has the same shapes whoever shares the batch, so that its result is the same bit
     for bit; every step costs what a full batch costs. max_logprobs: alternatives that a request may ask for. memory_fraction: of the
     device's free memory that weights, cache and temporary arrays may take. compilation_cache: folder of XLA's persistent cache; None is
@@ -268,6 +269,7 @@ class EngineConfig:
     kv_cache: CacheConfig = CacheConfig()
     matmul_precision: str = _option("float32", enum=MATMUL_PRECISIONS)
     kernels: str = _option("auto", enum=KERNELS)
+    head_sketch: bool = True
     batch_invariant: bool = False
     max_logprobs: int = _option(5, minimum=0, maximum=MAX_TOP_LOGPROBS)
     memory_fraction: float = _option(0.9, exclusiveMinimum=0, maximum=1)

@@ -28,7 +28,7 @@ from jaxinfer.generation import Emitted, Prefix, Scores, State
 from jaxinfer.loading import parameter_tensors
 from jaxinfer.memory import MemoryPlan, bytes_on_a_device, check_positions, explained, free_bytes
 from jaxinfer.models.decoder import Decoder, DecoderWeights, LayerWeights
-from jaxinfer.placement import Placed, kernels_of, place
+from jaxinfer.placement import Placed, form_of, place
 from jaxinfer.programs import Programs
 from jaxinfer.quantization import MemoryReport, memory_report
 from jaxinfer.requests import Delta, GenerationResult, Request, ScoreResult, collect, expand, for_model
@@ -386,10 +386,10 @@ class Engine:
         """
         config = self.plan.config
         tensors = parameter_tensors(model, config)
-        kernels = kernels_of(self.params)
+        form = form_of(self.params)
         replacing.check_alike(tensors, self.mesh, self.plan, self.params)
         if free_bytes(self.mesh) >= bytes_on_a_device(self.params):
-            new = place(tensors, self.mesh, config=config, plan=self.plan, kernels=kernels).weights
+            new = place(tensors, self.mesh, config=config, plan=self.plan, **form).weights
             with self._scheduler.paused():
                 self._params = new
             return
@@ -397,7 +397,7 @@ class Engine:
             with self._scheduler.paused(), explained(self.memory_plan):
                 layers: list[LayerWeights | None] = [*self.params.layers]
                 self._params = None
-                self._params = replacing.replaced(tensors, self.mesh, self.plan, layers, kernels)
+                self._params = replacing.replaced(tensors, self.mesh, self.plan, layers, form)
         except BaseException:
             self.close()  # some of its layers are gone
             raise

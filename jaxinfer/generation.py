@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxinfer.layout import Plan
-from jaxinfer.models.decoder import LayerSpec, cached_layers, embed, head_logits, prefill_layers
+from jaxinfer.models.decoder import LayerSpec, cached_layers, embed, head_logits, head_token, prefill_layers
 from jaxinfer.sampling import Choice, NumberedProcessors, Past, SamplingArrays, choose_tokens, vocab_shards
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.sampling import argmax, log_probs, top_log_probs
@@ -399,8 +399,12 @@ def _tick(
     sampling = taken(dataclasses.replace(state.sampling, edits=None))  # type: ignore[arg-type]
     generated, active, lengths = taken((state.generated, state.active, state.lengths))
     past = lambda: Past(tokens=taken(state.history), lengths=lengths + 1, edits=taken(state.sampling.edits))
+    logits = lambda: head_logits(weights, last, config, ctx)
+    likeliest = None
+    if weights.uses_sketch(B) and not top:
+        likeliest = lambda: head_token(weights, last, config, vocab_shards(ctx, weights.table.shape[0]))
     choice = choose_tokens(
-        head_logits(weights, last, config, ctx),
+        logits() if likeliest is None else logits,
         sampling,
         generated,
         past,
@@ -409,6 +413,7 @@ def _tick(
         top=top,
         processors=processors,
         live=active,
+        likeliest=likeliest,
     )
 
     accepted = accepted & active

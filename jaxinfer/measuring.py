@@ -107,14 +107,10 @@ class Runner:
             self.compiled[key] = need.compile()
         return self.compiled[key](*arguments)
 
-    @property
-    def weight_bytes(self) -> int:
-        """Of weights that a decode step reads on all devices together: each micro-batch and each copy of the model reads them all but the
-        embedding table, unless that is the head as well."""
-        params = self.engine.params
-        unread = params.embedding if params.head is not None else None
-        nbytes = lambda tree: sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-        return (nbytes(params) - nbytes(unread)) * self._shards
+    def weight_bytes(self, sequences: int) -> int:
+        """Of weights that a decode step of so many sequences reads on all devices together, see DecoderWeights.step_bytes: each micro-batch
+        and each copy of the model reads them."""
+        return self.engine.params.step_bytes(self.batch(sequences)) * self._shards
 
     @property
     def cache_bytes_per_token(self) -> int:

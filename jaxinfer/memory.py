@@ -92,11 +92,13 @@ def _shard_bytes(outline: np.ndarray | QTensor, shape: tuple[int, ...], columns:
     )  # its one byte holds as many values as its last axis is long
 
 
-def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, kernels: str = "auto") -> int:
-    """Bytes of weights on each device, placed for the same `kernels`: all devices hold shards of one size. Reads nothing. Raises
-    MeshError as `place` does."""
+def weight_bytes(
+    tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, kernels: str = "auto", *, head_sketch: bool = False
+) -> int:
+    """Bytes of weights on each device, placed with the same `kernels` and `head_sketch`: all devices hold shards of one size. Reads
+    nothing. Raises MeshError as `place` does."""
     outlines = {path: _Outlined(tuple(tensor.shape), _outline(tensor)) for path, tensor in tensors.items()}
-    placer = Placer(outlines, mesh, plan, None, kernels)
+    placer = Placer(outlines, mesh, plan, None, kernels, head_sketch)
     total, placed = 0, {str(plan.sample(slot)) for slot in range(plan.slots)}  # one layer a slot: all stages have its shapes
     for path, info in parameters(plan.config).items():
         _, layer, *_ = (*path.split("."), "")
@@ -108,7 +110,8 @@ def weight_bytes(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, kernel
         if isinstance(outline, QTensor) and placer.in_blocks((path,), outline, shape[-2:-1], shape[-1]):
             whole = (*shape[:-2], -(-shape[-2] // CPU_BLOCK) * CPU_BLOCK, shape[-1])  # the last block is filled up
         total += _shard_bytes(outline, whole, units[-1], tensors[path].shape[-1])
-    return total
+    sketch = placer.sketch_shapes(outlines["embedding" if plan.config.tied else "head"].outline, plan.config.embed)
+    return total + sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(sketch))
 
 
 # --- cache
@@ -334,7 +337,7 @@ def plan_memory(tensors: Mapping[str, Readable], mesh: Mesh, plan: Plan, config:
     fit, and MeshError for a mesh that the weights cannot be cut for.
     """
     dtype, tokens, stages = cache_dtype(config.cache_dtype), config.inference_max_tokens, plan.context.stages
-    weights = weight_bytes(tensors, mesh, plan, config.kernels)
+    weights = weight_bytes(tensors, mesh, plan, config.kernels, head_sketch=config.head_sketch)
     work = _work(tensors, mesh, plan, config.cache_dtype, config.prefill_chunk)
     free = free_bytes(mesh)
     if spans_processes(mesh):  # what is chosen from it must be the same everywhere

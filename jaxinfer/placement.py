@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import jax
 import numpy as np
@@ -36,6 +36,7 @@ from jaxinfer.models.decoder import (
 from pallas_kernels import qtensor
 from pallas_kernels.cpu import library, operands
 from pallas_kernels.cpu.pages import LargePages
+from pallas_kernels.head_argmax import HeadSketch, make_sketch, sketch_refusal, sketch_shapes
 from pallas_kernels.qtensor import QTensor
 from sharding.errors import MeshError
 from sharding.partition import Units, gather, split_even
@@ -134,13 +135,14 @@ def place(
     plan: Plan | None = None,
     progress: Callable[[int, int, str], None] | None = None,
     kernels: str = "auto",
+    head_sketch: bool = False,
 ) -> Placed:
     """Put a model on a mesh.
 
     source: a Decoder, or a mapping of every module path to a tensor that can be read in pieces, with its config. plan: of `make_plan` for
     this model and mesh, by default what it gives. progress(done, total, name): called per tensor that was read, counting tensors. kernels:
-    of the engine that will run it, see EngineConfig: for "xla" no weight is brought into the order of native kernels. Raises MeshError
-    for a mesh that does not fit.
+    of the engine that will run it, see EngineConfig: for "xla" no weight is brought into the order of native kernels. head_sketch: with a
+    sketch of the head, where one helps. Raises MeshError for a mesh that does not fit.
     """
     if isinstance(source, Decoder):
         tensors: Mapping[str, Readable] = module_tensors(source)
@@ -149,20 +151,35 @@ def place(
         tensors = source
     if config is None:
         raise TypeError("place() needs the config of a mapping of tensors")
-    return Placer(tensors, mesh, plan or make_plan(config, mesh), progress, kernels).run()
+    return Placer(tensors, mesh, plan or make_plan(config, mesh), progress, kernels, head_sketch).run()
 
 
 def placed_shapes(
-    tensors: Mapping[str, Readable], mesh: Mesh, *, config: ModelConfig, plan: Plan | None = None, kernels: str = "auto"
+    tensors: Mapping[str, Readable],
+    mesh: Mesh,
+    *,
+    config: ModelConfig,
+    plan: Plan | None = None,
+    kernels: str = "auto",
+    head_sketch: bool = False,
 ) -> Placed:
     """What `place` will give, with a ShapeDtypeStruct in place of every array: known before a weight is read."""
-    return _Shapes(tensors, mesh, plan or make_plan(config, mesh), None, kernels).run()
+    return _Shapes(tensors, mesh, plan or make_plan(config, mesh), None, kernels, head_sketch).run()
 
 
-def kernels_of(weights: DecoderWeights) -> str:
-    """The `kernels` with which `place` gives other weights the order that these have."""
+class Form(TypedDict):
+    """What the arrays of weights are for, as arguments of `place`."""
+
+    kernels: str
+    head_sketch: bool
+
+
+def form_of(weights: DecoderWeights) -> Form:
+    """With what `place` gives other weights the arrays that these have."""
     leaves = jax.tree.leaves(weights, is_leaf=lambda leaf: isinstance(leaf, QTensor))
-    return "auto" if any(isinstance(leaf, QTensor) and leaf.layout == BLOCKS for leaf in leaves) else "xla"
+    blocks = any(isinstance(leaf, QTensor) and leaf.layout == BLOCKS for leaf in leaves)
+    sketched = weights.sketch is not None
+    return Form(kernels="auto" if blocks or sketched else "xla", head_sketch=sketched)
 
 
 BLOCKS = "cpu32"  # the layout that native kernels read
@@ -171,10 +188,15 @@ BLOCKS = "cpu32"  # the layout that native kernels read
 class Placer:
     """`place` at work, a layer slot at a time. units: for every logical axis that is split, what each of its shards holds."""
 
-    def __init__(self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress, kernels: str = "auto"):
+    def __init__(
+        self, source: Mapping[str, Readable], mesh: Mesh, plan: Plan, progress, kernels: str = "auto", head_sketch: bool = False
+    ):
         self.source, self.mesh, self.plan, self.progress = source, mesh, plan, progress
         self.pages = LargePages()
         self.native = kernels != "xla" and library.refusal(mesh.devices.flat[0].platform) is None
+        self.head_sketch = (
+            head_sketch and self.native and plan.config.soft_cap is None
+        )  # a capped logit may equal a smaller one
         self.info: dict[str, ParameterInfo] = parameters(plan.config)
         self.tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
         self.units = self._units()
@@ -210,6 +232,7 @@ class Placer:
             name: self._arrays(functools.partial(_same, (name,)), staged=False) if name in self.info else None for name in ENDS
         }
         weights = DecoderWeights(layers=tuple(slots), embed_scale=self.plan.config.embed_scale, **ends)
+        weights = dataclasses.replace(weights, sketch=self._sketch(weights.table))
         return Placed(mesh=self.mesh, plan=self.plan, weights=weights, specs=jax.tree.map(lambda a: a.sharding.spec, weights))
 
     def slot(self, slot: int) -> LayerWeights:
@@ -232,6 +255,30 @@ class Placer:
             halves[half] = type(names)(**filled)
         post = {name: self._weight(slot, (name,)) for name in POST_NORMS if sample + name in self.info}
         return LayerWeights(**halves, **post)
+
+    def sketch_shapes(self, head: Any, width: int) -> HeadSketch | None:
+        """Of each shard's part of a head of this many inputs, or None where no sketch is kept. head: as it is placed, or a part of it."""
+        if not self.head_sketch or sketch_refusal(head, width) is not None:
+            return None
+        return sketch_shapes(self.units["vocab"][0].length, width)
+
+    def _sketch(self, head: Any) -> HeadSketch | None:
+        shapes = self.sketch_shapes(head, self.plan.config.embed)
+        if shapes is None:
+            return None
+        devices = [device for device in self.mesh.devices.flat if device.process_index == jax.process_index()]
+        sharding = NamedSharding(self.mesh, PartitionSpec(*spec(("vocab", None, None))))
+
+        def assemble(shape, *leaves):
+            return self._put(leaves, devices, (shape.shape[0] * len(self.units["vocab"]), *shape.shape[1:]), sharding)
+
+        return jax.tree.map(assemble, shapes, *self._sketches(head, shapes, devices))
+
+    def _sketches(self, head: Any, shapes: HeadSketch, devices: Sequence[jax.Device]) -> list[HeadSketch]:
+        """Of what each device has of the placed head."""
+        own = lambda device: lambda a: next(shard.data for shard in a.addressable_shards if shard.device == device)
+        make = jax.jit(make_sketch)
+        return [make(jax.tree.map(own(device), head)) for device in devices]
 
     def _paths(self, stage: int, slot: int, names: Sequence[str]) -> tuple[str, ...] | None:
         layer = self.plan.layer(stage, slot)
@@ -368,6 +415,9 @@ class _Shapes(Placer):
         if isinstance(row, QTensor) and self.in_blocks(names, row, [shape[-2] for shape in wholes], row.shape[-1]):
             shapes = jax.eval_shape(functools.partial(qtensor.repack, layout=BLOCKS), shapes)
         return shapes
+
+    def _sketches(self, head: Any, shapes: HeadSketch, devices: Sequence[jax.Device]) -> list[HeadSketch]:
+        return [shapes] * len(devices)
 
     def _put(self, leaves, devices, shape: tuple[int, ...], sharding: NamedSharding):
         return jax.ShapeDtypeStruct(shape, leaves[0].dtype, sharding=sharding)

@@ -16,6 +16,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -314,18 +315,34 @@ def choose_tokens(
     top: int,
     processors: NumberedProcessors = (),
     live=None,
+    likeliest: Callable[[], jax.Array] | None = None,
 ) -> Choice:
     """The next token of every row.
 
-    logits: float32 [B, V] of this shard. sampling: its `edits` are not looked at. steps: int32 [B], new tokens so far; with the seed they
-    are the random key. past: called where a row needs it. vocab: entries of the whole vocabulary that are no padding. top: alternatives to
-    report (static). live: bool [B], rows whose tokens are used (by default all); others ask for nothing. A row in which every token is
-    forbidden gets token 0.
+    logits: float32 [B, V] of this shard; with `likeliest` a function that makes them, called where a row needs more than its most likely
+    token: that one gives these, int32 [B], without logits. sampling: its `edits` are not looked at. steps: int32 [B], new tokens so far;
+    with the seed they are the random key. past: called where a row needs it. vocab: entries of the whole vocabulary that are no padding.
+    top: alternatives to report (static). live: bool [B], rows whose tokens are used (by default all); others ask for nothing. A row in
+    which every token is forbidden gets token 0.
     """
+    live = jnp.ones(steps.shape, bool) if live is None else live
+    edited = sampling.edited | (steps < sampling.min_tokens)
+    if likeliest is not None:
+        rest: dict[str, Any] = {"vocab": vocab, "top": top, "processors": processors, "live": live}
+
+        def simple() -> Choice:
+            none = jnp.zeros((*steps.shape, top), jnp.float32)
+            return Choice(
+                token=likeliest(),
+                logprob=jnp.zeros(steps.shape, jnp.float32),
+                top_logprobs=none,
+                top_ids=none.astype(jnp.int32),
+            )
+
+        more = edited | (sampling.temperature > 0) | sampling.wants_logprobs | (top > 0)
+        return lax.cond(jnp.any(live & more), lambda: choose_tokens(logits(), sampling, steps, past, ctx, **rest), simple)
     with jax.named_scope("sample"):
         shards = vocab_shards(ctx, logits.shape[-1])
-        live = jnp.ones(steps.shape, bool) if live is None else live
-        edited = sampling.edited | (steps < sampling.min_tokens)
 
         def drawn():
             looked = past()

@@ -5,11 +5,11 @@ and --per-layer have others, see jaxinfer.cli.start_up and jaxinfer.cli.per_laye
 
     format_version      1
     source, platform, device_kind, devices, processor, cores, versions {name: version}, mesh {axis: size}
-    weight_bytes        that a decode step reads
+    weight_bytes        that a decode step of one sequence reads
     bandwidth_bytes_per_second      that this process can read, measured before and after the rest; the larger one
     prefill             [{"tokens", "sequences", "seconds": spread, "tokens_per_second": spread}]
     decode              [{"sequences", "context", "cache", "steps", "seconds_per_step": spread, "tokens_per_second": spread,
-                          "bytes_per_step", "bytes_per_second": spread, "share_of_bandwidth": spread}]
+                          "weight_bytes", "bytes_per_step", "bytes_per_second": spread, "share_of_bandwidth": spread}]
     layers              [{"block", "phase", "sequences", "tokens", "seconds": spread (of one layer), "weight_bytes",
                           "bytes_per_second": spread, "share_of_bandwidth": spread}]
 """
@@ -126,7 +126,7 @@ def measure(engine, args: argparse.Namespace, progress) -> dict[str, Any]:
         "cores": _cores(),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "jaxlib", "numpy")},
         "mesh": dict(engine.mesh.shape),
-        "weight_bytes": runner.weight_bytes,
+        "weight_bytes": runner.weight_bytes(1),
         "bandwidth_bytes_per_second": bandwidth,
         **found,
     }
@@ -155,7 +155,8 @@ def _decode(runner, wanted: int, most: int, args: argparse.Namespace) -> dict[st
 
     seconds = timed(step, args.repetitions).each(lambda s: s / args.tokens)
     mean = args.context + args.tokens * (args.repetitions + 2) / 2  # the first repetition is not timed
-    read = runner.weight_bytes + sequences * mean * runner.cache_bytes_per_token
+    weights = runner.weight_bytes(sequences)
+    read = weights + sequences * mean * runner.cache_bytes_per_token
     return {
         "sequences": sequences,
         "context": args.context,
@@ -163,6 +164,7 @@ def _decode(runner, wanted: int, most: int, args: argparse.Namespace) -> dict[st
         "steps": args.tokens,
         "seconds_per_step": seconds.to_dict(),
         "tokens_per_second": seconds.each(_rate(sequences)).to_dict(),
+        "weight_bytes": weights,
         "bytes_per_step": read,
         "bytes_per_second": seconds.each(_rate(read)).to_dict(),
     }

@@ -81,7 +81,8 @@ def measure(
     first = min(r.timings.prefill_seconds for r in results)
     echo = lambda r: len(r.prompt_token_ids) if params.echo else 0
     lengths = [(len(r.prompt_token_ids), len(r.token_ids) - echo(r)) for r in results]
-    weights = _weight_bytes(engine)
+    greedy = params.temperature == 0 and params.logprobs is None
+    weights = engine.params.step_bytes(-(-len(results) // engine.stages), greedy=greedy)
     prefill = decode = None
     # all at once: phases do not overlap; and all are here: of best_of some are not
     if len(results) <= engine.config.micro_batch_size * engine.stages and params.best_of is None:
@@ -104,14 +105,6 @@ def measure(
         weight_bytes_per_step=weights,
         memory=_memory(engine),
     )
-
-
-def _weight_bytes(engine) -> int:
-    """Bytes of weights that a decode step reads: all but the embedding table, unless it is the head as well."""
-    params = engine.params
-    if params.head is not None:
-        params = dataclasses.replace(params, embedding=None)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
 
 
 def _memory(engine) -> MemoryPlan:

@@ -21,11 +21,14 @@ from jaxinfer.models.positions import rope_angles
 from pallas_kernels.attention_block import AttentionSpec, AttentionWeights, attention_block
 from pallas_kernels.embedding import embedding
 from pallas_kernels.errors import ShapeError
+from pallas_kernels.head_argmax import ROWS as SKETCHED_ROWS
+from pallas_kernels.head_argmax import HeadSketch, head_argmax
 from pallas_kernels.layer_cache import LayerCache
 from pallas_kernels.mlp_block import MLPSpec, MLPWeights, mlp_block
 from pallas_kernels.norm import norm
 from pallas_kernels.qtensor import QTensor
 from pallas_kernels.quant_matmul.fused import Norm, fused_matmul
+from pallas_kernels.sampling import VocabShards
 from pallas_kernels.shares import share
 from sharding.context import ALONE, ParallelContext
 from sharding.partition import HeadSplit
@@ -46,13 +49,13 @@ class LayerWeights:
     mlp_post_norm: jax.Array | None = None
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("layers", *ENDS), meta_fields=("embed_scale",))
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("layers", *ENDS, "sketch"), meta_fields=("embed_scale",))
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderWeights:
     """The weights of a decoder as the runtime runs on them.
 
     positions: learned positions [P, D] or None. norm_bias: of a layer norm, else None. head: None where it is the embedding.
-    embed_scale: factor on embeddings, fixed when a program is compiled.
+    sketch: of the head, or None; see `head_token`. embed_scale: factor on embeddings, fixed when a program is compiled.
     """
 
     layers: tuple[LayerWeights, ...]
@@ -61,7 +64,24 @@ class DecoderWeights:
     norm: jax.Array
     norm_bias: jax.Array | None = None
     head: jax.Array | None
+    sketch: HeadSketch | None = None
     embed_scale: float = 1.0
+
+    @property
+    def table(self) -> jax.Array:
+        """The head [V, D], which may be the embedding."""
+        return self.embedding if self.head is None else self.head
+
+    def uses_sketch(self, rows: int) -> bool:
+        """Whether the most likely tokens of so many rows come from the sketch."""
+        return self.sketch is not None and rows <= SKETCHED_ROWS
+
+    def step_bytes(self, rows: int, *, greedy: bool = True) -> int:
+        """Bytes that a decode step of so many rows reads of these arrays, at least: all of the layers and of the head, or of its sketch
+        where nothing but the most likely tokens is asked for (greedy). Of an embedding and of learned positions a row reads one row, which
+        is not counted."""
+        last = self.sketch if greedy and self.uses_sketch(rows) else self.table
+        return sum(leaf.nbytes for leaf in jax.tree.leaves((self.layers, self.norm, self.norm_bias, last)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,12 +254,26 @@ def embed(weights: DecoderWeights, ids, ctx: ParallelContext = ALONE, *, positio
         return x + embedding(weights.positions, positions)
 
 
+def _head(weights: DecoderWeights, config: ModelConfig, ctx: ParallelContext) -> tuple[Any, Norm]:
+    """The head [V, D] of this shard, and the norm before it."""
+    bias = None if weights.norm_bias is None else ctx.enter_vocab(weights.norm_bias)
+    last = Norm(kind=config.norm, eps=config.norm_eps, scale=ctx.enter_vocab(weights.norm), bias=bias)
+    return weights.table, last
+
+
+def head_token(weights: DecoderWeights, x, config: ModelConfig, shards: VocabShards) -> jax.Array:
+    """The token int32 [B] of the largest of `head_logits` of x [B, D], without most of them: for weights with a sketch. shards: of the
+    vocabulary."""
+    assert weights.sketch is not None
+    with jax.named_scope("head"):
+        table, last = _head(weights, config, ALONE)
+        return head_argmax(x, table, norm=last, sketch=weights.sketch, vocab=config.vocab, shards=shards)
+
+
 def head_logits(weights: DecoderWeights, x, config: ModelConfig, ctx: ParallelContext = ALONE):
     """Logits float32 [..., V] of this shard's part of the vocabulary; entries past the model's vocabulary are -inf."""
     with jax.named_scope("head"):
-        table = weights.embedding if weights.head is None else weights.head
-        bias = None if weights.norm_bias is None else ctx.enter_vocab(weights.norm_bias)
-        last = Norm(kind=config.norm, eps=config.norm_eps, scale=ctx.enter_vocab(weights.norm), bias=bias)
+        table, last = _head(weights, config, ctx)
         logits = fused_matmul(ctx.enter_vocab(x), (table,), norm=last)
         if config.soft_cap is not None:
             logits = config.soft_cap * jnp.tanh(logits / config.soft_cap)

@@ -18,7 +18,10 @@ import numpy as np
 from pallas_kernels.cpu import build
 from pallas_kernels.errors import BackendError
 
-CALLS = tuple(f"jaxinfer_{name}" for name in ("attention_block", "attention", "mlp_block", "quant_matmul", "argmax", "sample"))
+CALLS = tuple(
+    f"jaxinfer_{name}"
+    for name in ("attention_block", "attention", "mlp_block", "quant_matmul", "argmax", "sample", "head_sketch", "head_argmax")
+)
 PATH = build.FOLDER / build.LIBRARY
 
 

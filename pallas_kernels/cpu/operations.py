@@ -289,9 +289,63 @@ def argmax(logits, *, shards):
     logits = jax.lax.stop_gradient(logits)
     results = [rows, _float(*logits.shape[:1])]
     ids, largest = operands.call("jaxinfer_argmax", results, [logits], integers=library.call_integers())
+    return _over_shards(ids, largest, shards)
+
+
+def _over_shards(ids, largest, shards):
+    """The global id of the largest logit of all shards, the lowest one on ties."""
     # on the shards that do not hold the largest an id past every other one
     here = jnp.where(largest < shards.max(largest), jnp.int32(2**31 - 1), ids + shards.offset)
     return shards.min(here)
+
+
+# --- head_argmax
+
+# inputs at once; rows and inputs of a block, bytes of a block, floats of a row: sketch.inc
+SKETCH_ROWS, SKETCH_BLOCK, SKETCH_BYTES, SKETCH_NUMBERS = 2, 32, 704, 3
+SLOW_SKETCHES = ("plain",)  # its products of 5-bit levels take longer than those of all bytes
+
+
+def sketch_refusal(w) -> str | None:
+    """Why a weight cannot have a sketch, or None."""
+    if isinstance(w, QTensor) and w.format != "int8":
+        return f"a sketch has 5 bits a weight, and the head is {w.format}"
+    return library.refusal("cpu") or operands.refusal(w, False)
+
+
+def slow_sketch() -> str | None:
+    """Why calls traced now are faster without a sketch, or None."""
+    name = library.instruction_set()
+    return f"a sketch is slower than all logits with {name} kernels" if name in SLOW_SKETCHES else None
+
+
+def head_sketch(w):
+    """The two arrays of a sketch, see head_argmax.HeadSketch."""
+    count, groups = (-(-n // SKETCH_BLOCK) for n in w.shape)
+    results = [jax.ShapeDtypeStruct((count, groups, SKETCH_BYTES), jnp.uint8), _float(count, SKETCH_NUMBERS, SKETCH_BLOCK)]
+    integers = (*library.call_integers(), *operands.facts(w))
+    return operands.call("jaxinfer_head_sketch", results, operands.weight(w, None), integers=integers)
+
+
+def supports_head_argmax(target, facts) -> bool | str:
+    """CPUs; weights as in `sketch_refusal`."""
+    return library.refusal(target.platform) or sketch_refusal(facts["weight"]) or True
+
+
+def head_argmax(x, w, *, norm, sketch, vocab, shards):
+    ids, largest, _ = head_argmax_counted(x, w, norm=norm, sketch=sketch, limit=vocab - shards.offset)
+    return _over_shards(ids, largest, shards)
+
+
+def head_argmax_counted(x, w, *, norm, sketch, limit):
+    """Of each row of x the id of the largest of the first `limit` logits, that logit, and how many blocks of 32 rows of w were read."""
+    rows = jax.ShapeDtypeStruct(x.shape[:1], jnp.int32)
+    taken = [x.astype(jnp.float32), operands.given(norm.scale), operands.given(norm.bias), jnp.asarray(limit, jnp.int32)]
+    taken += [sketch.blocks, sketch.numbers, *operands.weight(w, None)]
+    integers = (*library.call_integers(), NORMS[norm.kind], *operands.facts(w))
+    results = [rows, _float(*x.shape[:1]), rows]
+    taken = [None if a is None else jax.lax.stop_gradient(a) for a in taken]
+    return operands.call("jaxinfer_head_argmax", results, taken, integers=integers, numbers=(norm.eps,))
 
 
 # --- sample

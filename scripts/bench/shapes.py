@@ -25,7 +25,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from bandwidth import read_bandwidth
 
@@ -123,8 +122,7 @@ def measure(args: argparse.Namespace, config: ModelConfig, folder: Path) -> list
     base = speeds[args.precisions[0]]
     rows = []
     for name, engine in engines.items():
-        leaves = jax.tree.leaves(engine.params)
-        size = sum(leaf.nbytes for leaf in leaves) - unread(engine.params)
+        size = engine.params.step_bytes(args.batch)
         ratios = [a / b for a, b in zip(speeds[name], base, strict=True)]
         median = statistics.median(speeds[name])
         rows.append(
@@ -137,12 +135,6 @@ def measure(args: argparse.Namespace, config: ModelConfig, folder: Path) -> list
             }
         )
     return rows
-
-
-def unread(params: Any) -> int:
-    """Bytes of which a token reads a row at most: the positions, and an embedding that is not the head."""
-    tables = [params.positions, None if params.head is None else params.embedding]
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(tables))
 
 
 def tokens_per_second(engine: jaxinfer.Engine, prompts: list[list[int]], tokens: int) -> float:

@@ -62,9 +62,7 @@ class Jaxinfer:
         return ", ".join(written)
 
     def bytes_per_token(self) -> int:
-        params = self._engine.params
-        unread = 0 if params.head is None else sum(leaf.nbytes for leaf in jax.tree.leaves(params.embedding))
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(params)) - unread
+        return self._engine.params.step_bytes(1)
 
     def generate(self, prompts: Sequence[list[int]], new: int) -> worker.Generated:
         sampling = SamplingParams(max_tokens=new, temperature=0.0, ignore_eos=True)

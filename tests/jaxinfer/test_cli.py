@@ -19,7 +19,7 @@ import jaxinfer
 from jaxinfer import cli
 from jaxinfer.cli import environment, output
 from jaxinfer.cli.info import stored_forms
-from jaxinfer.cli.stats import _weight_bytes, process_age
+from jaxinfer.cli.stats import process_age
 from jaxinfer.loading import open_source
 from jaxinfer.requests import GenerationResult, Timings, TokenLogprob
 from pallas_kernels import platforms
@@ -238,9 +238,8 @@ def test_stats(results, run, folder):
 def test_an_embedding_table_counts_as_read_only_where_it_is_the_head(case, tied, tmp_path):
     source = golden_weights.write_case_folder(golden_weights.load_case(case), tmp_path / case)
     model = jaxinfer.load_model(source)
-    engine = type("Engine", (), {"params": model.weights()})
     everything = sum(t.nbytes for t in open_source(source).tensors.values())
-    assert _weight_bytes(engine) == everything - (0 if tied else model.embedding.get_value().nbytes)
+    assert model.weights().step_bytes(1) == everything - (0 if tied else model.embedding.get_value().nbytes)
 
 
 def test_process_age():

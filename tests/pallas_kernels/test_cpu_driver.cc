@@ -336,6 +336,49 @@ void test_argmax(const Kernels& kernels, Random& random, const std::string& name
   }
 }
 
+// The largest logit by way of a sketch: the same bits as by way of all logits.
+void test_head(const Kernels& kernels, Random& random, const std::string& name) {
+  const int64_t inputs = random.coin() ? 32 * random.between(1, 20) : random.between(1, 90), outputs = random.between(1, 300);
+  Weight w = make_weight(random, outputs, inputs, true);
+  while (w.view.format == Format::i4) w = make_weight(random, outputs, inputs, true);
+  w.view.bias = nullptr;
+  const int64_t blocks = (outputs + 31) / 32, groups = (inputs + 31) / 32;
+  Bytes sketch(blocks * groups * 704), numbers(blocks * 3 * 32 * 4);
+  SketchCall make;
+  make.w = w.view, make.threads = static_cast<int>(random.between(1, 4));
+  make.blocks = reinterpret_cast<uint8_t*>(sketch.data.get()), make.numbers = reinterpret_cast<float*>(numbers.data.get());
+  kernels.sketch(make);
+  const int64_t rows = random.between(1, 2);
+  auto x = random.floats(rows * inputs, random.pick({1.0f, 1e-3f, 1e4f}));
+  if (random.below(8) == 0) x[static_cast<size_t>(random.below(inputs))] = random.pick({INFINITY, NAN});
+  const auto scale = random.floats(inputs);
+  const Bytes held = exact(x), scales = exact(scale);
+  HeadCall c;
+  c.rows = rows, c.limit = random.between(0, outputs), c.x = floats_of(held), c.w = w.view;
+  c.norm = Norm{random.pick({NormKind::none, NormKind::rms, NormKind::layer}), floats_of(scales), nullptr, 1e-3f};
+  c.blocks = make.blocks, c.numbers = make.numbers, c.threads = static_cast<int>(random.between(1, 4));
+  std::vector<int32_t> ids(static_cast<size_t>(rows)), looked(ids.size());
+  std::vector<float> largest(ids.size()), logits(static_cast<size_t>(outputs));
+  c.y = ids.data(), c.largest = largest.data(), c.looked = looked.data();
+  kernels.head_argmax(c);
+  for (int64_t r = 0; r < rows; ++r) {
+    MatmulCall all;
+    all.rows = 1, all.x = c.x + r * inputs, all.norm = c.norm, all.w = c.w, all.y = logits.data(), all.threads = 1;
+    kernels.matmul(all);
+    const size_t at = static_cast<size_t>(r);
+    int64_t best = 0;
+    for (int64_t i = 0; i < c.limit; ++i)
+      if (logits[static_cast<size_t>(i)] > logits[static_cast<size_t>(best)]) best = i;
+    const bool none = c.limit == 0 || std::isnan(logits[static_cast<size_t>(best)]);
+    if (ids[at] < 0 || ids[at] >= std::max<int64_t>(c.limit, 1) || looked[at] > blocks ||
+        (!none && (ids[at] != best || largest[at] != logits[static_cast<size_t>(best)]))) {
+      std::fprintf(stderr, "FAILED %s head of %ldx%ld format %d: %d, not %ld\n", name.c_str(), static_cast<long>(outputs), static_cast<long>(inputs),
+                   static_cast<int>(w.view.format), ids[at], static_cast<long>(best));
+      ++failures;
+    }
+  }
+}
+
 void test_sample(const Kernels& kernels, Random& random, const std::string& name) {
   const int64_t rows = random.between(1, 4), columns = random.between(1, 700), kind = random.between(0, 3);
   auto x = random.floats(rows * columns);
@@ -448,6 +491,7 @@ void run(uint64_t seed, int cases, const char* caller) {
       test_mlp(*usable[level], random, name);
       test_attention(*usable[level], random, name);
       test_argmax(*usable[level], random, name);
+      test_head(*usable[level], random, name);
       test_sample(*usable[level], random, name);
     }
   }

@@ -1,4 +1,5 @@
 // The doors from XLA (typed FFI) and from Python (ctypes). What an array must be is checked here, before a kernel runs.
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <new>
@@ -454,6 +455,70 @@ ffi::Error Sample(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType
   return run("sample", table->sample, c);
 }
 
+constexpr int64_t kSketchBytes = 704, kSketchNumbers = 3, kSketchRows = 2;  // of a group of a block, of a row; inputs at most (sketch.inc)
+
+// Whether a weight can have a sketch.
+void check_head(Check& check, const Linear& w) {
+  check.require(w.format != Format::i4 && !w.bias, "a head with a sketch has float or int8 weights and no bias");
+}
+
+// Operands: weight. integers: level, threads, then those of the weight. Results: blocks, numbers.
+ffi::Error HeadSketch(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::U8>> blocks, ffi::Result<ffi::Buffer<ffi::DataType::F32>> numbers,
+                      Integers integers) {
+  Check check;
+  const Operands operands(check, args, integers, 2 + kWeightIntegers, kWeightOperands);
+  if (!check.ok()) return check.error("head_sketch");
+  const Kernels* const table = kernels(check, integers[0]);
+  SketchCall c;
+  c.w = linear(check, operands, 0, integers, 2);
+  check_head(check, c.w);
+  if (!check.ok()) return check.error("head_sketch");
+  const int64_t count = (c.w.outputs + 31) / 32, groups = (c.w.inputs + 31) / 32;
+  check.require(static_cast<int64_t>(blocks->element_count()) == count * groups * kSketchBytes &&
+                    static_cast<int64_t>(numbers->element_count()) == count * kSketchNumbers * 32,
+                "a sketch is [blocks, groups, 704] and [blocks, 3, 32]");
+  if (!check.ok()) return check.error("head_sketch");
+  c.blocks = blocks->typed_data(), c.numbers = numbers->typed_data(), c.threads = static_cast<int>(integers[1]);
+  return run("head_sketch", table->sketch, c);
+}
+
+// Operands: x, norm, its bias, limit, blocks and numbers of the sketch, weight. integers: level, threads, norm kind, then those of the weight.
+// numbers: eps. Results: ids, largest, looked.
+ffi::Error HeadArgmax(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::S32>> ids, ffi::Result<ffi::Buffer<ffi::DataType::F32>> largest,
+                      ffi::Result<ffi::Buffer<ffi::DataType::S32>> looked, Integers integers, Numbers numbers) {
+  Check check;
+  const Operands operands(check, args, integers, 3 + kWeightIntegers, 6 + kWeightOperands);
+  check.require(numbers.size() == 1, "it has one number");
+  if (!check.ok()) return check.error("head_argmax");
+  const ffi::DataType f32 = ffi::DataType::F32;
+  const Array x = operands.get(check, 0, "x"), norm = operands.get(check, 1, "norm"), norm_bias = operands.get(check, 2, "norm bias");
+  const Array limit = operands.get(check, 3, "limit"), blocks = operands.get(check, 4, "blocks"), of_rows = operands.get(check, 5, "numbers");
+  const Kernels* const table = kernels(check, integers[0]);
+  HeadCall c;
+  c.threads = static_cast<int>(integers[1]);
+  c.norm.kind = static_cast<NormKind>(integers[2]);
+  c.w = linear(check, operands, 6, integers, 3);
+  check_head(check, c.w);
+  check.require(x.dims.size() == 2 && x.type == f32 && x.dims[1] == c.w.inputs && x.dims[0] <= kSketchRows, "x must be float32 [rows, inputs] with at most 2 rows");
+  if (!check.ok()) return check.error("head_argmax");
+  c.rows = x.dims[0];
+  const int64_t count = (c.w.outputs + 31) / 32, groups = (c.w.inputs + 31) / 32;
+  norm.check(check, f32, {c.w.inputs});
+  norm_bias.check(check, f32, {c.w.inputs});
+  limit.check(check, ffi::DataType::S32, {});
+  blocks.check(check, ffi::DataType::U8, {count, groups, kSketchBytes});
+  of_rows.check(check, f32, {count, kSketchNumbers, 32});
+  check.require(limit.given() && blocks.given() && of_rows.given(), "it needs a limit and a sketch");
+  for (int64_t size : {static_cast<int64_t>(ids->element_count()), static_cast<int64_t>(largest->element_count()), static_cast<int64_t>(looked->element_count())})
+    check.require(size == c.rows, "one result a row");
+  if (!check.ok()) return check.error("head_argmax");
+  c.limit = std::max<int64_t>(0, std::min<int64_t>(*limit.as<int32_t>(), c.w.outputs));
+  c.norm.scale = norm.as<float>(), c.norm.bias = norm_bias.as<float>(), c.norm.eps = numbers[0];
+  c.x = x.as<float>(), c.blocks = blocks.as<uint8_t>(), c.numbers = of_rows.as<float>();
+  c.y = ids->typed_data(), c.largest = largest->typed_data(), c.looked = looked->typed_data();
+  return run("head_argmax", table->head_argmax, c);
+}
+
 }  // namespace
 }  // namespace jaxinfer
 
@@ -500,6 +565,20 @@ JAXINFER_HANDLER(jaxinfer_sample, xla::ffi::Ffi::Bind()
                                       .Ret<xla::ffi::Buffer<xla::ffi::DataType::S32>>()
                                       .Attr<xla::ffi::Span<const int64_t>>("integers")
                                       .To(jaxinfer::Sample))
+JAXINFER_HANDLER(jaxinfer_head_sketch, xla::ffi::Ffi::Bind()
+                                           .RemainingArgs()
+                                           .Ret<xla::ffi::Buffer<xla::ffi::DataType::U8>>()
+                                           .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                           .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                           .To(jaxinfer::HeadSketch))
+JAXINFER_HANDLER(jaxinfer_head_argmax, xla::ffi::Ffi::Bind()
+                                           .RemainingArgs()
+                                           .Ret<xla::ffi::Buffer<xla::ffi::DataType::S32>>()
+                                           .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
+                                           .Ret<xla::ffi::Buffer<xla::ffi::DataType::S32>>()
+                                           .Attr<xla::ffi::Span<const int64_t>>("integers")
+                                           .Attr<xla::ffi::Span<const float>>("numbers")
+                                           .To(jaxinfer::HeadArgmax))
 
 // The name of a usable instruction set, the best first, or null past the last.
 JAXINFER_EXPORT const char* jaxinfer_instruction_set(int level) {

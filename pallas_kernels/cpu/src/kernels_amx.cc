@@ -20,7 +20,7 @@ namespace {
 #pragma clang attribute pop
 #endif
 
-const Kernels kAmx = {"amx", amx::attention_block, amx::attention_call, amx::mlp_block, amx::matmul_call, amx::argmax_call, amx::sample_call, amx::read_call};
+const Kernels kAmx = {"amx", amx::attention_block, amx::attention_call, amx::mlp_block, amx::matmul_call, amx::argmax_call, amx::sample_call, amx::sketch_call, amx::head_argmax, amx::read_call};
 
 }  // namespace jaxinfer
 #endif

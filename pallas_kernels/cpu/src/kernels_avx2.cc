@@ -19,7 +19,7 @@ namespace {
 #pragma clang attribute pop
 #endif
 
-const Kernels kAvx2 = {"avx2", avx2::attention_block, avx2::attention_call, avx2::mlp_block, avx2::matmul_call, avx2::argmax_call, avx2::sample_call, avx2::read_call};
+const Kernels kAvx2 = {"avx2", avx2::attention_block, avx2::attention_call, avx2::mlp_block, avx2::matmul_call, avx2::argmax_call, avx2::sample_call, avx2::sketch_call, avx2::head_argmax, avx2::read_call};
 
 }  // namespace jaxinfer
 #endif

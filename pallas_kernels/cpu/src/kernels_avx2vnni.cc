@@ -19,7 +19,7 @@ namespace {
 #pragma clang attribute pop
 #endif
 
-const Kernels kAvx2Vnni = {"avx2-vnni", avx2vnni::attention_block, avx2vnni::attention_call, avx2vnni::mlp_block, avx2vnni::matmul_call, avx2vnni::argmax_call, avx2vnni::sample_call, avx2vnni::read_call};
+const Kernels kAvx2Vnni = {"avx2-vnni", avx2vnni::attention_block, avx2vnni::attention_call, avx2vnni::mlp_block, avx2vnni::matmul_call, avx2vnni::argmax_call, avx2vnni::sample_call, avx2vnni::sketch_call, avx2vnni::head_argmax, avx2vnni::read_call};
 
 }  // namespace jaxinfer
 #endif

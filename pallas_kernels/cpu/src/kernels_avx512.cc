@@ -19,7 +19,7 @@ namespace {
 #pragma clang attribute pop
 #endif
 
-const Kernels kAvx512 = {"avx512-vnni", avx512::attention_block, avx512::attention_call, avx512::mlp_block, avx512::matmul_call, avx512::argmax_call, avx512::sample_call, avx512::read_call};
+const Kernels kAvx512 = {"avx512-vnni", avx512::attention_block, avx512::attention_call, avx512::mlp_block, avx512::matmul_call, avx512::argmax_call, avx512::sample_call, avx512::sketch_call, avx512::head_argmax, avx512::read_call};
 
 }  // namespace jaxinfer
 #endif

@@ -19,7 +19,7 @@ namespace {
 #pragma clang attribute pop
 #endif
 
-const Kernels kAvx512Bf16 = {"avx512-bf16", avx512bf16::attention_block, avx512bf16::attention_call, avx512bf16::mlp_block, avx512bf16::matmul_call, avx512bf16::argmax_call, avx512bf16::sample_call, avx512bf16::read_call};
+const Kernels kAvx512Bf16 = {"avx512-bf16", avx512bf16::attention_block, avx512bf16::attention_call, avx512bf16::mlp_block, avx512bf16::matmul_call, avx512bf16::argmax_call, avx512bf16::sample_call, avx512bf16::sketch_call, avx512bf16::head_argmax, avx512bf16::read_call};
 
 }  // namespace jaxinfer
 #endif

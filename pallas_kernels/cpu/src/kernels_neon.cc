@@ -19,7 +19,7 @@ namespace {
 #pragma clang attribute pop
 #endif
 
-const Kernels kNeonDot = {"neon-dotprod", neon::attention_block, neon::attention_call, neon::mlp_block, neon::matmul_call, neon::argmax_call, neon::sample_call, neon::read_call};
+const Kernels kNeonDot = {"neon-dotprod", neon::attention_block, neon::attention_call, neon::mlp_block, neon::matmul_call, neon::argmax_call, neon::sample_call, neon::sketch_call, neon::head_argmax, neon::read_call};
 
 }  // namespace jaxinfer
 #endif

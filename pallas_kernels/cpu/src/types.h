@@ -122,6 +122,28 @@ struct SampleCall {
   int threads = 1;
 };
 
+// A sketch of a float or int8 weight, see sketch.inc. blocks: [blocks of 32 outputs, groups of 32 inputs, 704]; numbers: [blocks, 3, 32].
+struct SketchCall {
+  Linear w;
+  uint8_t* blocks = nullptr;
+  float* numbers = nullptr;
+  int threads = 1;
+};
+
+// The first `limit` outputs of norm(x) w^T: which one is the largest, and how large it is; looked: how many blocks of w were read.
+struct HeadCall {
+  int64_t rows = 0, limit = 0;
+  const float* x = nullptr;
+  Norm norm;
+  Linear w;
+  const uint8_t* blocks = nullptr;
+  const float* numbers = nullptr;
+  int32_t* y = nullptr;
+  float* largest = nullptr;
+  int32_t* looked = nullptr;
+  int threads = 1;
+};
+
 // One instruction set's kernels.
 struct Kernels {
   const char* name;
@@ -131,6 +153,8 @@ struct Kernels {
   void (*matmul)(const MatmulCall&);
   void (*argmax)(const ArgmaxCall&);
   void (*sample)(const SampleCall&);
+  void (*sketch)(const SketchCall&);
+  void (*head_argmax)(const HeadCall&);
   int64_t (*read)(const void* data, int64_t bytes, int threads);  // reads all of it; returns a sum so that it cannot be left out
 };
 
