@@ -277,8 +277,7 @@ class Placer:
     def _sketches(self, head: Any, shapes: HeadSketch, devices: Sequence[jax.Device]) -> list[HeadSketch]:
         """Of what each device has of the placed head."""
         own = lambda device: lambda a: next(shard.data for shard in a.addressable_shards if shard.device == device)
-        make = jax.jit(make_sketch)
-        return [make(jax.tree.map(own(device), head)) for device in devices]
+        return [make_sketch(jax.tree.map(own(device), head)) for device in devices]
 
     def _paths(self, stage: int, slot: int, names: Sequence[str]) -> tuple[str, ...] | None:
         layer = self.plan.layer(stage, slot)

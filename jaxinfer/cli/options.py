@@ -23,7 +23,8 @@ QUANTIZE_HELP = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Option:
-    """A flag. target: what it sets: a field, or section.field. kind: how its text is read; bool takes none, a list is repeatable."""
+    """A flag. target: what it sets: a field, or section.field. kind: how its text is read; bool takes none, and sets `value`; a list is
+    repeatable."""
 
     flag: str
     target: str
@@ -32,6 +33,7 @@ class Option:
     kind: Callable[[str], Any] = str
     choices: Sequence[str] | None = None
     repeatable: bool = False
+    value: bool = True
 
     @property
     def dest(self) -> str:
@@ -39,7 +41,7 @@ class Option:
 
     def add_to(self, parser: argparse._ActionsContainer) -> None:
         if self.kind is bool:
-            parser.add_argument(self.flag, dest=self.dest, action="store_true", default=None, help=self.help)
+            parser.add_argument(self.flag, dest=self.dest, action="store_const", const=self.value, help=self.help)
         else:
             parser.add_argument(
                 self.flag,
@@ -184,6 +186,10 @@ ENGINE = (
         flag="--matmul-precision", target="matmul_precision", choices=MATMUL_PRECISIONS, help="of float32 on a GPU",
     ),
     Option(flag="--kernels", target="kernels", choices=KERNELS, help="native: those for CPUs are required; xla: do without them"),
+    Option(
+        flag="--no-head-sketch", target="head_sketch", kind=bool, value=False,
+        help="no sketch of the head beside it, which finds the likeliest token of a small model sooner",
+    ),
     Option(flag="--batch-invariant", target="batch_invariant", kind=bool, help="the same results bit for bit whoever shares the batch"),
     Option(flag="--max-logprobs", target="max_logprobs", metavar="N", kind=int, help="alternatives that --logprobs may ask for"),
     Option(

@@ -8,9 +8,10 @@ from typing import Any
 import jax
 
 from jaxinfer.models.decoder import DecoderWeights
+from pallas_kernels.head_argmax import HeadSketch
 from pallas_kernels.qtensor import ActivationQuant, QTensor
 
-MATRICES = ("qkv", "out", "up", "down", "embedding", "head")  # fields of the placed weights that are matrices
+MATRICES = ("qkv", "out", "up", "down", "embedding", "head", "sketch")  # fields of the placed weights that are matrices
 OTHERS = "norms and biases"
 
 
@@ -55,13 +56,15 @@ def memory_report(weights: DecoderWeights) -> MemoryReport:
     """The bytes of placed weights on this process's devices, read off the arrays themselves."""
     by_row: dict[tuple[str, str], dict[str, dict[Any, int]]] = defaultdict(lambda: {"values": {}, "scales": {}})
     fullest: dict[Any, int] = defaultdict(int)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(weights, is_leaf=lambda leaf: isinstance(leaf, QTensor))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(weights, is_leaf=lambda leaf: isinstance(leaf, QTensor | HeadSketch))
     for path, leaf in leaves:
         parts = by_row[_kind(path), form_of(leaf)]
         arrays: list[tuple[str, Any]]
         if isinstance(leaf, QTensor):
             beside = (leaf.scales, leaf.zeros, leaf.order, leaf.input_scale)
             arrays = [("values", leaf.values), *(("scales", a) for a in beside if a is not None)]
+        elif isinstance(leaf, HeadSketch):
+            arrays = [("values", leaf.blocks), ("scales", leaf.numbers)]
         else:
             arrays = [("values", leaf)]
         for part, array in arrays:
@@ -96,6 +99,8 @@ def inputs_of(activation: ActivationQuant) -> str:
 
 def form_of(value: Any) -> str:
     """How a weight is stored, in words: "bfloat16", or "int4, group 32, zeros, int8 inputs per 64"."""
+    if isinstance(value, HeadSketch):
+        return "5 bits"
     if not isinstance(value, QTensor):
         return str(value.dtype)
     parts = [value.format, f"group {value.group}" if value.group else "per channel"]

@@ -20,7 +20,7 @@ from pallas_kernels.errors import BackendError
 
 CALLS = tuple(
     f"jaxinfer_{name}"
-    for name in ("attention_block", "attention", "mlp_block", "quant_matmul", "argmax", "sample", "head_sketch", "head_argmax")
+    for name in ("attention_block", "attention", "mlp_block", "quant_matmul", "argmax", "sample", "head_argmax")
 )
 PATH = build.FOLDER / build.LIBRARY
 
@@ -48,6 +48,22 @@ def _load() -> Library | str:
     handle.jaxinfer_instruction_set.restype = ctypes.c_char_p
     handle.jaxinfer_read.restype = ctypes.c_int64
     handle.jaxinfer_read.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int)
+    number, size, place = ctypes.c_int, ctypes.c_int64, ctypes.c_void_p
+    handle.jaxinfer_sketch.restype = None
+    handle.jaxinfer_sketch.argtypes = (
+        number,
+        number,
+        number,
+        ctypes.c_bool,
+        size,
+        size,
+        place,
+        place,
+        number,
+        size,
+        place,
+        place,
+    )
     if build.SOURCES.is_dir() and handle.jaxinfer_sources().decode() != build.sources_digest():
         return f"the native kernels are older than their sources; {rebuild}"
     # a library of newer headers than the running jaxlib's makes the whole CPU backend fail to start

@@ -8,6 +8,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from pallas_kernels.cpu import library, operands
 from pallas_kernels.layer_cache import LayerCache
@@ -303,6 +304,7 @@ def _over_shards(ids, largest, shards):
 
 # inputs at once; rows and inputs of a block, bytes of a block, floats of a row: sketch.inc
 SKETCH_ROWS, SKETCH_BLOCK, SKETCH_BYTES, SKETCH_NUMBERS = 2, 32, 704, 3
+FORMATS, CELLS = ("float32", "bfloat16", "int8"), ("float32", "bfloat16", "float16")  # as types.h numbers them
 SLOW_SKETCHES = ("plain",)  # its products of 5-bit levels take longer than those of all bytes
 
 
@@ -319,12 +321,23 @@ def slow_sketch() -> str | None:
     return f"a sketch is slower than all logits with {name} kernels" if name in SLOW_SKETCHES else None
 
 
-def head_sketch(w):
-    """The two arrays of a sketch, see head_argmax.HeadSketch."""
-    count, groups = (-(-n // SKETCH_BLOCK) for n in w.shape)
-    results = [jax.ShapeDtypeStruct((count, groups, SKETCH_BYTES), jnp.uint8), _float(count, SKETCH_NUMBERS, SKETCH_BLOCK)]
-    integers = (*library.call_integers(), *operands.facts(w))
-    return operands.call("jaxinfer_head_sketch", results, operands.weight(w, None), integers=integers)
+def head_sketch(w) -> tuple[np.ndarray, np.ndarray]:
+    """The two arrays of a sketch, see head_argmax.HeadSketch, of arrays that are there: no program is compiled for it."""
+    found = library.load()
+    assert not isinstance(found, str)
+    rows, width = w.shape
+    count, groups = -(-rows // SKETCH_BLOCK), -(-width // SKETCH_BLOCK)
+    blocks = np.empty((count, groups, SKETCH_BYTES), np.uint8)
+    numbers = np.empty((count, SKETCH_NUMBERS, SKETCH_BLOCK), np.float32)
+    levels = isinstance(w, QTensor)
+    arrays = [np.ascontiguousarray(a) for a in ((w.values, w.scales) if levels else (w,))]
+    values, scales = (*(a.ctypes.data for a in arrays), None)[:2]
+    form = FORMATS.index("int8" if levels else str(w.dtype)), levels and w.layout != "canonical"
+    of_scales = (CELLS.index(str(w.scales.dtype)), w.group or 0) if levels else (0, 0)
+    found.handle.jaxinfer_sketch(
+        *library.call_integers(), *form, rows, width, values, scales, *of_scales, blocks.ctypes.data, numbers.ctypes.data
+    )
+    return blocks, numbers
 
 
 def supports_head_argmax(target, facts) -> bool | str:

@@ -50,7 +50,8 @@ def sketch_refusal(w: Any, width: int) -> str | None:
 
 
 def make_sketch(w: Any) -> HeadSketch:
-    """The sketch of a head: of a float32 or bfloat16 array, or an int8 QTensor, [V, D]. Raises BackendError for other weights."""
+    """The sketch of a head [V, D], a float32 or bfloat16 array or an int8 QTensor, in numpy arrays; cannot be traced. Raises BackendError
+    for other weights."""
     if reason := native.sketch_refusal(w):
         raise BackendError(f"make_sketch: {reason}")
     blocks, numbers = native.head_sketch(w)

@@ -169,7 +169,7 @@ def weigh(source: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_memory_while_loading(smollm2_gguf: Path) -> None:
-    assert 530 * MB < weigh(smollm2_gguf, {"dtype": "float32"})["bytes"] < 545 * MB
+    assert 550 * MB < weigh(smollm2_gguf, {"dtype": "float32"})["bytes"] < 565 * MB
 
 
 @pytest.mark.slow
@@ -178,12 +178,12 @@ def test_memory_while_loading_other_precisions(smollm2_gguf: Path, tmp_path: Pat
     from jaxinfer.config import QuantizationConfig
     from jaxinfer.loading import open_source
 
-    assert 265 * MB < weigh(smollm2_gguf, {"dtype": "bfloat16"})["bytes"] < 275 * MB
-    assert weigh(smollm2_gguf, {})["bytes"] < 120 * MB  # packed as the file has it
+    assert 285 * MB < weigh(smollm2_gguf, {"dtype": "bfloat16"})["bytes"] < 295 * MB
+    assert weigh(smollm2_gguf, {})["bytes"] < 140 * MB  # packed as the file has it
     opened = open_source(smollm2_gguf)
     tensors = opened.stored_as(dtype=None, quantization=QuantizationConfig())
     save_native(tmp_path / "int8", config=opened.config.to_dict(), tensors=tensors, assets=opened.assets)
-    assert 134 * MB < weigh(tmp_path / "int8", {})["bytes"] < 140 * MB
+    assert 154 * MB < weigh(tmp_path / "int8", {})["bytes"] < 160 * MB
 
 
 @pytest.mark.parametrize(

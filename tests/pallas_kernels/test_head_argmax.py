@@ -68,7 +68,7 @@ def decoded(sketch, rows):
 def test_a_sketch_says_how_far_it_is_off(rng, form):
     width = 90 if isinstance(form, str) else 96
     w = head(rng, form, rows=75, width=width)
-    sketch = jax.jit(make_sketch)(w)
+    sketch = make_sketch(w)
     assert jax.tree.map(jnp.shape, sketch) == jax.tree.map(jnp.shape, sketch_shapes(75, width))
     exact = np.pad(floats(w), ((0, 0), (0, 96 - width)))
     stands, off, size = decoded(sketch, 75)
@@ -157,15 +157,18 @@ def test_over_shards_with_padding(rng):
     mesh = Mesh(np.asarray(jax.devices()[:2]), ("v",))
     over = lambda f: lambda x: f(x, "v")
 
-    def local(x, w):
-        shards = VocabShards(offset=jax.lax.axis_index("v") * 64, max=over(jax.lax.pmax), min=over(jax.lax.pmin))
-        return head_argmax(x, w, norm=rms(96), sketch=make_sketch(w), vocab=100, shards=shards, implementation="native")
+    halves = [make_sketch(half) for half in (w[:64], w[64:])]
+    sketch = jax.tree.map(lambda *parts: np.concatenate(parts), *halves)
 
-    specs = PartitionSpec(), PartitionSpec("v")
+    def local(x, w, sketch):
+        shards = VocabShards(offset=jax.lax.axis_index("v") * 64, max=over(jax.lax.pmax), min=over(jax.lax.pmin))
+        return head_argmax(x, w, norm=rms(96), sketch=sketch, vocab=100, shards=shards, implementation="native")
+
+    specs = PartitionSpec(), PartitionSpec("v"), PartitionSpec("v")
     run = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=PartitionSpec(), check_vma=False))
     for _ in range(5):
         x = rng.standard_normal((2, 96)).astype(np.float32)
-        np.testing.assert_array_equal(run(x, w), np.asarray(all_logits(x, jnp.asarray(w[:100]), rms(96))).argmax(-1))
+        np.testing.assert_array_equal(run(x, w, sketch), np.asarray(all_logits(x, jnp.asarray(w[:100]), rms(96))).argmax(-1))
 
 
 def test_refusals(rng):

@@ -457,31 +457,6 @@ ffi::Error Sample(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType
 
 constexpr int64_t kSketchBytes = 704, kSketchNumbers = 3, kSketchRows = 2;  // of a group of a block, of a row; inputs at most (sketch.inc)
 
-// Whether a weight can have a sketch.
-void check_head(Check& check, const Linear& w) {
-  check.require(w.format != Format::i4 && !w.bias, "a head with a sketch has float or int8 weights and no bias");
-}
-
-// Operands: weight. integers: level, threads, then those of the weight. Results: blocks, numbers.
-ffi::Error HeadSketch(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::U8>> blocks, ffi::Result<ffi::Buffer<ffi::DataType::F32>> numbers,
-                      Integers integers) {
-  Check check;
-  const Operands operands(check, args, integers, 2 + kWeightIntegers, kWeightOperands);
-  if (!check.ok()) return check.error("head_sketch");
-  const Kernels* const table = kernels(check, integers[0]);
-  SketchCall c;
-  c.w = linear(check, operands, 0, integers, 2);
-  check_head(check, c.w);
-  if (!check.ok()) return check.error("head_sketch");
-  const int64_t count = (c.w.outputs + 31) / 32, groups = (c.w.inputs + 31) / 32;
-  check.require(static_cast<int64_t>(blocks->element_count()) == count * groups * kSketchBytes &&
-                    static_cast<int64_t>(numbers->element_count()) == count * kSketchNumbers * 32,
-                "a sketch is [blocks, groups, 704] and [blocks, 3, 32]");
-  if (!check.ok()) return check.error("head_sketch");
-  c.blocks = blocks->typed_data(), c.numbers = numbers->typed_data(), c.threads = static_cast<int>(integers[1]);
-  return run("head_sketch", table->sketch, c);
-}
-
 // Operands: x, norm, its bias, limit, blocks and numbers of the sketch, weight. integers: level, threads, norm kind, then those of the weight.
 // numbers: eps. Results: ids, largest, looked.
 ffi::Error HeadArgmax(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::DataType::S32>> ids, ffi::Result<ffi::Buffer<ffi::DataType::F32>> largest,
@@ -498,7 +473,7 @@ ffi::Error HeadArgmax(ffi::RemainingArgs args, ffi::Result<ffi::Buffer<ffi::Data
   c.threads = static_cast<int>(integers[1]);
   c.norm.kind = static_cast<NormKind>(integers[2]);
   c.w = linear(check, operands, 6, integers, 3);
-  check_head(check, c.w);
+  check.require(c.w.format != Format::i4 && !c.w.bias, "a head with a sketch has float or int8 weights and no bias");
   check.require(x.dims.size() == 2 && x.type == f32 && x.dims[1] == c.w.inputs && x.dims[0] <= kSketchRows, "x must be float32 [rows, inputs] with at most 2 rows");
   if (!check.ok()) return check.error("head_argmax");
   c.rows = x.dims[0];
@@ -565,12 +540,6 @@ JAXINFER_HANDLER(jaxinfer_sample, xla::ffi::Ffi::Bind()
                                       .Ret<xla::ffi::Buffer<xla::ffi::DataType::S32>>()
                                       .Attr<xla::ffi::Span<const int64_t>>("integers")
                                       .To(jaxinfer::Sample))
-JAXINFER_HANDLER(jaxinfer_head_sketch, xla::ffi::Ffi::Bind()
-                                           .RemainingArgs()
-                                           .Ret<xla::ffi::Buffer<xla::ffi::DataType::U8>>()
-                                           .Ret<xla::ffi::Buffer<xla::ffi::DataType::F32>>()
-                                           .Attr<xla::ffi::Span<const int64_t>>("integers")
-                                           .To(jaxinfer::HeadSketch))
 JAXINFER_HANDLER(jaxinfer_head_argmax, xla::ffi::Ffi::Bind()
                                            .RemainingArgs()
                                            .Ret<xla::ffi::Buffer<xla::ffi::DataType::S32>>()
@@ -589,6 +558,15 @@ JAXINFER_EXPORT const char* jaxinfer_instruction_set(int level) {
 }
 // Reads `bytes` bytes with `threads` threads.
 JAXINFER_EXPORT int64_t jaxinfer_read(const void* data, int64_t bytes, int threads) { return jaxinfer::usable_kernels()[0]->read(data, bytes, threads); }
+// Makes the sketch of a head, see types.h. scale_cell, group: of int8 levels.
+JAXINFER_EXPORT void jaxinfer_sketch(int level, int threads, jaxinfer::Format format, bool blocked, int64_t outputs, int64_t inputs, const void* values,
+                                     const void* scales, jaxinfer::Cell scale_cell, int64_t group, uint8_t* blocks, float* numbers) {
+  jaxinfer::SketchCall c;
+  c.w.format = format, c.w.blocked = blocked, c.w.outputs = outputs, c.w.inputs = inputs, c.w.values = values;
+  c.w.scales = scales, c.w.scale_cell = scale_cell, c.w.group = group;
+  c.blocks = blocks, c.numbers = numbers, c.threads = threads;
+  jaxinfer::usable_kernels()[level]->sketch(c);
+}
 // What this library was built from.
 JAXINFER_EXPORT const char* jaxinfer_sources() { return JAXINFER_SOURCES; }
 JAXINFER_EXPORT int jaxinfer_ffi_minor() { return XLA_FFI_API_MINOR; }
