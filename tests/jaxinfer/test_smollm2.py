@@ -14,10 +14,15 @@ from typing import Any
 
 import golden_weights
 import jax
+import numpy as np
 import pytest
 
 import jaxinfer
 from jaxinfer import SamplingParams
+from jaxinfer.models.decoder import embed, layer_spec, prefill_layers
+from pallas_kernels.cpu.operations import head_argmax_counted
+from pallas_kernels.head_argmax import make_sketch, sketch_refusal
+from pallas_kernels.quant_matmul.fused import Norm
 
 CASES = json.loads((golden_weights.GOLDEN / "smollm2.json").read_text())["prompts"]
 ALL = list(CASES)
@@ -166,6 +171,26 @@ def weigh(source: Path, config: dict[str, Any]) -> dict[str, Any]:
     print({key: round(answer[key] / MB) for key in ("peak", "bytes", "largest")}, "MB")
     assert answer["peak"] <= answer["bytes"] + answer["largest"] + 300 * MB
     return answer
+
+
+def test_few_rows_of_the_head_are_read(smollm2_gguf: Path) -> None:
+    """For a token of text some dozens of the 1536 blocks of 32 rows; now and then, where no token stands out, many."""
+    if reason := sketch_refusal(np.empty((1, 1), np.float32), 576):
+        pytest.skip(reason)
+    model = jaxinfer.load_model(smollm2_gguf)
+    weights, config = model.weights(), model.config
+    case = max(CASES.values(), key=lambda case: len(case["ids"]))
+    ids = np.asarray([*case["prompt"], *case["ids"]])[None, -TOKENS:]
+    lengths = np.asarray([ids.size], np.int32)
+    hidden, _ = jax.jit(lambda ids: prefill_layers(weights.layers, embed(weights, ids), lengths, config, layer_spec(config)))(
+        ids
+    )
+    norm = Norm(kind=config.norm, eps=config.norm_eps, scale=weights.norm)
+    sketch = make_sketch(weights.table)
+    run = jax.jit(lambda x: head_argmax_counted(x, weights.table, norm=norm, sketch=sketch, limit=config.vocab))
+    looked = [int(run(hidden[:, i])[2][0]) for i in range(TOKENS)]
+    print(sorted(looked))
+    assert np.median(looked) < 80 and np.mean(looked) < 300
 
 
 def test_memory_while_loading(smollm2_gguf: Path) -> None:
