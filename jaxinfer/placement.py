@@ -194,9 +194,8 @@ class Placer:
         self.source, self.mesh, self.plan, self.progress = source, mesh, plan, progress
         self.pages = LargePages()
         self.native = kernels != "xla" and library.refusal(mesh.devices.flat[0].platform) is None
-        self.head_sketch = (
-            head_sketch and self.native and plan.config.soft_cap is None
-        )  # a capped logit may equal a smaller one
+        capped = plan.config.soft_cap is not None  # then a logit may be equal to a smaller one
+        self.head_sketch = head_sketch and self.native and not capped
         self.info: dict[str, ParameterInfo] = parameters(plan.config)
         self.tensor = math.prod(mesh.shape[a] for a in TENSOR_AXES)
         self.units = self._units()

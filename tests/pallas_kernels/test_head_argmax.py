@@ -1,5 +1,7 @@
 """The most likely token from a sketch of the head: it is always that of all logits, and few rows are read for it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ from jax.sharding import Mesh, PartitionSpec
 from native_calls import in_each_way, jittable
 
 from pallas_kernels import qtensor
-from pallas_kernels.cpu import library, operations
+from pallas_kernels.cpu import library, operands, operations
 from pallas_kernels.errors import BackendError, ShapeError
 from pallas_kernels.head_argmax import ROWS, WIDTH, head_argmax, make_sketch, sketch_refusal, sketch_shapes
 from pallas_kernels.qtensor import ActivationQuant
@@ -190,3 +192,26 @@ def test_refusals(rng):
     assert "excludes too few tokens" in sketch_refusal(w, WIDTH + 1) and sketch_refusal(w, WIDTH) is None
     with library.options(instruction_set="plain"):
         assert "slower than all logits with plain kernels" in sketch_refusal(w, 96)
+
+
+def test_the_handler_checks_its_arguments(rng):
+    """Behind the checks of the operation: what a program of its own hands over."""
+    w = head(rng, "float32", rows=64, width=64)
+    sketch, x, limit = make_sketch(w), np.ones((1, 64), np.float32), np.int32(64)
+    ids, largest = jax.ShapeDtypeStruct((1,), jnp.int32), jax.ShapeDtypeStruct((1,), jnp.float32)
+    integers = (*library.call_integers(), operations.NORMS[None], *operands.facts(w))
+    run = functools.partial(operands.call, "jaxinfer_head_argmax", numbers=(0.0,), integers=integers)
+    good = {"x": x, "norm": None, "norm bias": None, "limit": limit, "blocks": sketch.blocks, "numbers": sketch.numbers, "w": w}
+    for changes, words in (
+        ({"x": np.ones((3, 64), np.float32)}, "at most 2 rows"),
+        ({"x": np.ones((1, 32), np.float32)}, r"x must be float32 \[rows, inputs\]"),
+        ({"norm": np.ones(32, np.float32)}, "norm has the wrong dtype or shape"),
+        ({"limit": np.ones(1, np.int32)}, "limit has the wrong dtype or shape"),
+        ({"limit": None}, "needs a limit and a sketch"),
+        ({"blocks": sketch.blocks[:1]}, "blocks has the wrong dtype or shape"),
+        ({"numbers": sketch.numbers[:, :2]}, "numbers has the wrong dtype or shape"),
+        ({"w": w[:32]}, "a weight must be"),
+    ):
+        with pytest.raises(jax.errors.JaxRuntimeError, match=words):
+            run([ids, largest, ids], list((good | changes).values()))
+    assert int(run([ids, largest, ids], list(good.values()))[0][0]) == np.asarray(w).sum(-1).argmax()
