@@ -305,18 +305,18 @@ void test_attention(const Kernels& kernels, Random& random, const std::string& n
     alone.insert(alone.end(), attended.begin(), attended.end());
     for (int64_t i = 0; i < c.heads * c.head_dim; ++i) queries.push_back(static_cast<float>(raw[token][static_cast<size_t>(i)]));
   }
-  // the newest keys are rounded to the cache's cells; with few keys they weigh much
+  // the newest keys are rounded to the cache's cells; with few keys they weigh much. Queries and keys in bfloat16 are off by 2^-8 of a score
   const int64_t every = c.batch * c.tokens;
   const bool halves = rounds_to_halves(qkv) || rounds_to_halves(out) || in_tiles(kernels, qkv, every) || in_tiles(kernels, out, every);
   compare(name + " attention_block cell " + std::to_string(static_cast<int>(c.cache.cell)) + " tokens " + std::to_string(c.tokens), c.y, want,
-          c.cache.cell != Cell::f32 && !four ? 0.1 : halves ? 2e-2 : 1e-4);
+          c.cache.cell != Cell::f32 && !four ? 0.1 : halves ? 5e-2 : 1e-4);
   const Bytes qs = exact(queries);
   Bytes o(static_cast<int64_t>(queries.size()) * 4);
   c.q = floats_of(qs), c.x = nullptr, c.parts = 0, c.qkv[0] = c.out = Linear{};
   c.y = reinterpret_cast<float*>(o.data.get());
   kernels.attention(c);
   compare(name + " attention cell " + std::to_string(static_cast<int>(c.cache.cell)) + " tokens " + std::to_string(c.tokens), c.y, alone,
-          c.cache.cell != Cell::f32 && !four ? 0.1 : halves ? 2e-2 : 1e-4);
+          c.cache.cell != Cell::f32 && !four ? 0.1 : halves ? 5e-2 : 1e-4);
 }
 
 void test_argmax(const Kernels& kernels, Random& random, const std::string& name) {
