@@ -173,9 +173,14 @@ def weigh(source: Path, config: dict[str, Any]) -> dict[str, Any]:
     return answer
 
 
+def no_sketch() -> str | None:
+    """Why the head has no sketch here, or None."""
+    return sketch_refusal(np.empty((1, 1), np.float32), 576)
+
+
 def test_few_rows_of_the_head_are_read(smollm2_gguf: Path) -> None:
     """For a token of text some dozens of the 1536 blocks of 32 rows; now and then, where no token stands out, many."""
-    if reason := sketch_refusal(np.empty((1, 1), np.float32), 576):
+    if reason := no_sketch():
         pytest.skip(reason)
     model = jaxinfer.load_model(smollm2_gguf)
     weights, config = model.weights(), model.config
@@ -194,7 +199,8 @@ def test_few_rows_of_the_head_are_read(smollm2_gguf: Path) -> None:
 
 
 def test_memory_while_loading(smollm2_gguf: Path) -> None:
-    assert 550 * MB < weigh(smollm2_gguf, {"dtype": "float32"})["bytes"] < 565 * MB
+    sketch = 0 if no_sketch() else 20 * MB
+    assert 530 * MB + sketch < weigh(smollm2_gguf, {"dtype": "float32"})["bytes"] < 545 * MB + sketch
 
 
 @pytest.mark.slow
@@ -203,12 +209,13 @@ def test_memory_while_loading_other_precisions(smollm2_gguf: Path, tmp_path: Pat
     from jaxinfer.config import QuantizationConfig
     from jaxinfer.loading import open_source
 
-    assert 285 * MB < weigh(smollm2_gguf, {"dtype": "bfloat16"})["bytes"] < 295 * MB
-    assert weigh(smollm2_gguf, {})["bytes"] < 140 * MB  # packed as the file has it
+    sketch = 0 if no_sketch() else 20 * MB
+    assert 265 * MB + sketch < weigh(smollm2_gguf, {"dtype": "bfloat16"})["bytes"] < 275 * MB + sketch
+    assert weigh(smollm2_gguf, {})["bytes"] < 120 * MB + sketch  # packed as the file has it
     opened = open_source(smollm2_gguf)
     tensors = opened.stored_as(dtype=None, quantization=QuantizationConfig())
     save_native(tmp_path / "int8", config=opened.config.to_dict(), tensors=tensors, assets=opened.assets)
-    assert 154 * MB < weigh(tmp_path / "int8", {})["bytes"] < 160 * MB
+    assert 134 * MB + sketch < weigh(tmp_path / "int8", {})["bytes"] < 140 * MB + sketch
 
 
 @pytest.mark.parametrize(
