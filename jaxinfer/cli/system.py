@@ -76,6 +76,7 @@ def system_facts() -> dict[str, Any]:
             "instruction_sets": list(native.instruction_sets),
             "used": library.instruction_set(),
             "threads": library.threads(),
+            "read_bytes_per_second": library.read_bandwidth(),
         },
         "cache": _cache(),
         "backend": jax.default_backend(),
@@ -194,14 +195,17 @@ def _write_model(folder: Path) -> None:
 
 
 def _trace(folder: str, options: Mapping[str, Any]) -> None:
-    """Prefill, decode and sample with the model, as far as jax traces it."""
-    from jaxinfer.api import generate
+    """Prefill, decode and sample with the model, and a greedy step of an engine, as far as jax traces them."""
+    from jaxinfer.api import generate, open_model
     from jaxinfer.loading import load_model
 
     model = load_model(folder, **options)
     cache = options["dtype"]
     run = lambda ids: generate(model, ids, max_new_tokens=3, temperature=1.0, top_k=5, cache_dtype=cache)
     jax.eval_shape(run, jax.ShapeDtypeStruct((2, 8), np.int32))
+    with contextlib.closing(open_model(folder, {"inference_max_tokens": 16, **options})) as opened:
+        programs = opened.engine().programs
+        programs.decode(0).trace(programs.shapes, jax.eval_shape(programs.state(1, 16)), jax.ShapeDtypeStruct((), np.int32))
 
 
 @contextlib.contextmanager
@@ -249,7 +253,8 @@ def print_system(facts: dict[str, Any]) -> None:
             "instructions": _folded(host["instruction_sets"]) or "not known",
             "memory": f"{format_bytes(host['available_bytes'])} of {format_bytes(host['memory_bytes'])} available",
             "native kernels": native.get("missing")
-            or f"{native['used']} of {' > '.join(native['instruction_sets'])}, {native['threads']} threads",
+            or f"{native['used']} of {' > '.join(native['instruction_sets'])}, {native['threads']} threads\n"
+            f"all cores read {format_bytes(native['read_bytes_per_second'])}/s from memory\n{native['path']}",
             "cache": f"{cache['folder']}, {format_bytes(cache['bytes'])}\n"
             f"{cache['programs']}, {format_bytes(cache['programs_bytes'])} of compiled programs",
             "backend": f"{facts['backend']} ({facts['platform_version']})",

@@ -47,6 +47,8 @@ def test_every_operation_tells_what_is_used(facts):
         natively = {form: ["native"] for form in system.FORMS}
         assert operations["attention_block"]["used"] == operations["mlp_block"]["used"] == natively
         assert operations["fused_matmul"]["used"] == natively and operations["quant_matmul"]["used"] == {}
+        assert operations["head_argmax"]["used"] == natively or library.instruction_set() == "plain"
+        assert facts["native_kernels"]["read_bytes_per_second"] > 1e8
     else:
         assert set(operations["quant_matmul"]["used"]) == set(system.FORMS)
 
@@ -87,3 +89,4 @@ def test_the_command_prints_them(facts, capsys):
     out = capsys.readouterr().out
     assert f"jax {jax.__version__}" in out and "quant_matmul" in out and "cores usable" in out and "\033" not in out
     assert "layer_norm" in out and "(a Llama asks for none here)" in out
+    assert "missing" in facts["native_kernels"] or "/s from memory" in out
