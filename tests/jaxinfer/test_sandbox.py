@@ -112,21 +112,27 @@ ENORMOUS = {
 }
 
 
+HARMLESS = ("choices",)  # Python 3.13 compiles it at once
+
+
 @pytest.mark.parametrize("name", [*FOREVER, *ENORMOUS])
 def test_a_template_ends_with_an_error_in_any_thread(name):
     before, found = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, []
 
     def attack():
         start = time.monotonic()
-        with pytest.raises(ChatTemplateError) as error:
+        try:
             rendered((FOREVER | ENORMOUS)[name])
-        found.append((time.monotonic() - start, str(error.value)))
+            said = ""
+        except ChatTemplateError as error:
+            said = str(error)
+        found.append((time.monotonic() - start, said))
 
     thread = threading.Thread(target=attack, daemon=True)
     thread.start()
     thread.join(SECONDS)
     assert found, "it did not end"
-    assert len(found[0][1]) < 1000
+    assert len(found[0][1]) < 1000 and (found[0][1] or name in HARMLESS)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
 
 
