@@ -3,7 +3,7 @@
 --json gives an object of this layout; a change of it raises "format_version". A spread is {"median", "min", "max", "count"}. --start
 and --per-layer have others, see jaxinfer.cli.start_up and jaxinfer.cli.per_layer.
 
-    format_version      1
+    format_version      2
     source, platform, device_kind, devices, processor, cores, versions {name: version}, mesh {axis: size}
     weight_bytes        that a decode step of one sequence reads
     bandwidth_bytes_per_second      that this process can read, measured before and after the rest; the larger one
@@ -25,7 +25,7 @@ from jaxinfer.cli import per_layer, start_up
 from jaxinfer.cli.options import SOURCE_HELP, add_engine, at_least_one, engine_config, load_engine, start, token_ids
 from jaxinfer.cli.output import format_bytes, format_spread, print_fields, print_json, print_table, short_name, work
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 def add_parser(commands) -> None:

@@ -45,7 +45,7 @@ def check_spread(spread: dict) -> None:
 def test_json(folder, capsys) -> None:
     assert cli.main(["bench", folder, *SIZES, "--json"]) == 0
     facts = json.loads(capsys.readouterr().out)
-    assert facts["format_version"] == 1 and facts["source"] == folder and facts["platform"] == "cpu" and facts["devices"] == 1
+    assert facts["format_version"] == 2 and facts["source"] == folder and facts["platform"] == "cpu" and facts["devices"] == 1
     assert (
         facts["mesh"]["tensor"] == 1
         and facts["cores"] >= 1
